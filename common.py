@@ -1,0 +1,782 @@
+"""What the seven method files share: CLIP with prompts, tasks, evaluation, the command line, and the run folder.
+
+Read it in this order: `encode_text` and `encode_image` put prompts into an untouched `clip` model, `load_tasks` makes the
+tasks, `Texts` and `epoch_batches` make a training step's batches, `evaluate` scores, `arguments` and `Run` are the shell.
+
+    model, preprocess = load_clip("tiny", "cpu")
+    tasks = load_tasks("emoji", split=0.1, seed=1)
+    text = encode_text(model, tokenize(tasks[0].class_names, template=tasks[0].template))
+    print(evaluate(model, preprocess, tasks[0], text))                          # zero-shot accuracy in per cent
+"""
+import argparse
+import contextlib
+import csv
+import difflib
+import importlib.util
+import io
+import json
+import math
+import os
+import pickle
+import random
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from tqdm import tqdm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")         # the clip package imports pkg_resources, which warns that it is old
+    import clip
+
+HERE = Path(__file__).resolve().parent
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that names the culprit and the remedy. Scripts exit with code 2."""
+
+
+def _load_file(path, alias):
+    """A module by path and under a name that shadows nothing; the same one whenever it is asked for again."""
+    if alias in sys.modules:
+        return sys.modules[alias]
+    spec = importlib.util.spec_from_file_location(alias, path)
+    module = sys.modules[alias] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_method(name):
+    """The module of a method file beside this one, by path: `load_method("mmap")` shadows no standard module.
+
+    Raises UserError when there is no such file.
+    """
+    path = HERE / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"there is no method file {path}")
+    return _load_file(path, f"method_{name}")
+
+
+def seed_everything(seed, epoch=0):
+    """Seed Python, NumPy and PyTorch. Every epoch starts here, so a checkpoint needs no random state to go on exactly."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    mixed = (seed * 1_000_003 + epoch) % 2**32
+    random.seed(mixed), np.random.seed(mixed), torch.manual_seed(mixed)
+
+
+def autocast(model):
+    """bfloat16 autocast on a CUDA card that has it, else nothing. Weights and prompts stay float32 either way."""
+    if model.logit_scale.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLIP
+
+def load_clip(name, device="cpu"):
+    """A frozen float32 CLIP in eval mode and its image preprocessing.
+
+    name: one of `clip.available_models()` (downloaded to ~/.cache/clip), "tiny" (the built-in backbone), or the path of a
+    checkpoint: a TorchScript archive as OpenAI ships them, or a state dict. Returns (model, preprocess).
+    Raises UserError for an unknown name, a failed download and a file that is no CLIP.
+    """
+    check_clip(name)
+    path = str(HERE / "data" / "tiny_clip.pt") if name == "tiny" else name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, preprocess = clip.load(path, device="cpu")
+    except Exception as error:              # a foreign file can fail anywhere between unpickling and building the model
+        if name in clip.available_models():
+            url = clip.clip._MODELS[name]
+            raise UserError(f"cannot get the weights of {name} ({_brief(error)}): put {url} into ~/.cache/clip yourself") from error
+        raise UserError(f"{path} is not a CLIP checkpoint that clip.load can read ({_brief(error)}): give the file of a "
+                        "TorchScript archive or of a state dict saved with torch.save") from error
+    return model.float().eval().requires_grad_(False).to(device), preprocess
+
+
+def check_clip(name):
+    """Raise UserError for a backbone that is neither a name of the clip package, nor "tiny", nor a file."""
+    known = ["tiny", *clip.available_models()]
+    if name not in known and not Path(name).is_file():
+        raise UserError(f"unknown backbone '{name}'{_nearest(name, known)}: use one of {', '.join(known)} or the path of a file")
+
+
+def _brief(error):
+    if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in the file
+        return "it holds something else than tensors and plain values"
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:120]
+
+
+def _nearest(word, known):
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def tokenize(class_names, n_ctx=0, template="{}"):
+    """Token ids of `[SOS] X X .. X class name . [EOS]`, with `n_ctx` placeholders X that learned prompts overwrite (CoOp).
+
+    class_names: list of C strings; template wraps the name and has no full stop of its own, e.g. "a photo of a {}".
+    Returns a LongTensor [C, T], zeros behind EOS; T is the longest row and not 77, because a causal encoder read at EOS
+    never sees what follows. Raises UserError when a row is longer than CLIP's 77 positions.
+    """
+    words = clip.clip._tokenizer
+    start, end, placeholder = words.encoder["<|startoftext|>"], words.encoder["<|endoftext|>"], words.encode("X")[0]
+    texts = [words.encode(template.format(name) + ".") for name in class_names]
+    longest = max(texts, key=len)
+    length, most = n_ctx + len(longest) + 2, 77 - len(longest) - 2
+    if length > 77:
+        name = template.format(class_names[texts.index(longest)])
+        remedy = f"use at most {most} context vectors" if n_ctx and most > 0 else "give the class a shorter name"
+        raise UserError(f"{f'{n_ctx} context vectors and ' * (n_ctx > 0)}'{name}' take {length} of the 77 text positions: {remedy}")
+    tokens = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, ids in zip(tokens, texts):
+        row[:n_ctx + len(ids) + 2] = torch.tensor([start, *[placeholder] * n_ctx, *ids, end])
+    return tokens
+
+
+def _block(block, x, causal):
+    """One layer of CLIP's transformer on x [rows, tokens, width], with fused attention and no mask to carry around."""
+    attention = block.attn
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)     # [rows, heads, tokens, width / heads]
+               for part in F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    x = x + attention.out_proj(mixed)
+    return x + block.mlp(block.ln_2(x))
+
+
+def _insert(x, prompts, replace):
+    """Put prompts [n, d] or [R, n, d] behind the first token of x [R, T, d], over `replace` tokens that stand there."""
+    prompts = prompts.to(x.dtype).expand(len(x), -1, -1)
+    return torch.cat([x[:, :1], prompts, x[:, 1 + replace:]], dim=1)
+
+
+def encode_text(model, tokens, prompts=None):
+    """Text features [C, D], not normalised, of tokens [C, T] for any `clip.model.CLIP`.
+
+    prompts: None, [L, n, d] (the same for every text) or [L, C, n, d], for the first L layers. Layer 0's take positions
+    1..n before the positional embedding is added, deeper layers' overwrite positions 1..n of that layer's input; after
+    layer L they flow on as they are. Raises ValueError where prompts do not fit the encoder.
+    """
+    layers, n = ([], 0) if prompts is None else (prompts, prompts.shape[-2])
+    blocks = model.transformer.resblocks
+    if len(layers) > len(blocks) or n > tokens.shape[1] - 2:
+        raise ValueError(f"{len(layers)} layers of {n} prompts do not fit {len(blocks)} layers and {tokens.shape[1]} tokens")
+    tokens = tokens.to(model.positional_embedding.device)
+    x = model.token_embedding(tokens).type(model.dtype)                         # [C, T, d]
+    if len(layers):
+        x = _insert(x, layers[0], replace=n)
+    x = x + model.positional_embedding[:x.shape[1]].type(model.dtype)
+    for i, block in enumerate(blocks):
+        if 0 < i < len(layers):
+            x = _insert(x, layers[i], replace=n)
+        x = _block(block, x, causal=True)
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]         # EOS has the largest id
+    return model.ln_final(x).type(model.dtype) @ model.text_projection
+
+
+def encode_image(model, images, prompts=None):
+    """Image features [B, D], not normalised, of images [B, 3, H, W] for any `clip.model.CLIP`.
+
+    prompts: None, [L, n, d] (the same for every image) or [L, B, n, d], for the first L layers of a ViT. They enter a
+    layer's input right behind the class token, as they are; deeper layers' replace the previous ones; after layer L they
+    flow on. Raises UserError for prompts given to a ResNet, ValueError for more layers than there are.
+    """
+    visual = model.visual
+    if not hasattr(visual, "transformer"):
+        if prompts is not None:
+            raise UserError("image prompts need a ViT backbone, and this one is a ResNet: use --clip ViT-B/16 or another ViT")
+        return model.encode_image(images)
+    layers = [] if prompts is None else prompts
+    blocks = visual.transformer.resblocks
+    if len(layers) > len(blocks):
+        raise ValueError(f"{len(layers)} layers of prompts do not fit {len(blocks)} layers")
+    x = visual.conv1(images.type(model.dtype)).flatten(2).transpose(1, 2).type(model.dtype)     # [B, patches, d]
+    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
+    for i, block in enumerate(blocks):
+        if i < len(layers):
+            x = _insert(x, layers[i], replace=layers[i].shape[-2] if i else 0)
+        x = _block(block, x, causal=False)
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+def logits(model, image_features, text_features):
+    """CLIP's logits [B, C]: exp(logit_scale) times the cosine of image features [B, D] and text features [C, D]."""
+    return model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+_listings = _load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # images: reading, splitting, batching
+Images, Listing, hold_out = _listings.Images, _listings.Listing, _listings.hold_out
+read_image, read_tile, Prepared, collate = _listings.read_image, _listings.read_tile, _listings.Prepared, _listings.collate
+for _thing in (Images, read_image, read_tile, Prepared, collate):
+    _thing.__module__ = __name__            # where a spawned worker process finds them again
+
+
+@dataclass
+class Task:
+    """One task: images of a domain or a dataset, and the names of their classes in label order."""
+    name: str
+    class_names: list
+    template: str               # for zero-shot CLIP and for methods with fixed text, without a full stop
+    train: Images
+    test: Images
+    val: Images = None          # None where the dataset has no validation set of its own
+    metric: str = "accuracy"    # or "mean per class"
+
+
+def load_tasks(data, split=None, shots=None, seed=1, root="data"):
+    """The tasks of a benchmark, as a list of Task.
+
+    data: "emoji", "officehome" or "pacs" under `root`, the path of a `domain/class/images` tree, `name=path` for a
+    `class/images` tree that makes one task, or several of these joined by commas.
+    split: the fraction of each class of each task to train on, max(1, round(split * n)) images; or shots: that many a
+    class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
+    fifth of its images, and one, for it. Neither: every image of the training set (for a dataset with a test set).
+    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers.
+    """
+    if split is not None and shots is not None:
+        raise UserError("--split and --shots say the same thing in two ways: give one of them")
+    if split is not None and not 0 < split <= 1:
+        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, such as 0.1")
+    if shots is not None and shots < 1:
+        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
+    listings, seen = find_listings(data, root), set()
+    for listing in listings:
+        if listing.name in seen:
+            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them apart, as in name=path")
+        seen.add(listing.name)
+    parts = [_listings.divide(listing, split, shots, seed) for listing in listings]
+    return [Task(x.name, x.class_names, x.template, train, test, val, x.metric) for x, (train, test, val) in zip(listings, parts)]
+
+
+def find_listings(data, root="data"):
+    """All images of every task in `data`, before they are split; UserError where a name or a folder is not right."""
+    domains = _load_file(HERE / "data" / "domains.py", "multitask_prompt_domains")
+    names = [str(data)] if Path(data).is_dir() else [name.strip() for name in str(data).split(",")]
+    return [listing for name in names for listing in domains.find(name, Path(root))]
+
+
+# ------------------------------------------------------------------------------------------------- batches and scoring
+
+def train_transform(model, min_crop=0.08):
+    """The augmentation of the authors' programs: random resized crop (`min_crop` to 1 of the area, bicubic), horizontal flip."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(model.visual.input_resolution, (min_crop, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(PIXEL_MEAN, PIXEL_STD)])
+
+
+@torch.no_grad()
+def image_features(model, images, transform, prompts=None, copies=1):
+    """Features [copies, len(images), D] (float32, not normalised) of all images under a transform, and labels [len(images)].
+
+    With the default `copies=1` the features are [len(images), D]. Files are read by worker processes where there are many.
+    """
+    device, features, labels = model.logit_scale.device, [], []
+    prepared = Prepared(images, transform, copies, seed=int(torch.randint(2**31, ())))
+    workers = min(8, os.cpu_count() or 1) if images.read is read_image and len(images) > 400 else 0
+    for batch in torch.utils.data.DataLoader(prepared, max(1, 100 // copies), num_workers=workers, collate_fn=collate):
+        if isinstance(batch, str):
+            raise UserError(batch)
+        x, y = batch[0].to(device), batch[1].to(device)                         # [B, copies, 3, H, W], [B]
+        with autocast(model):
+            features.append(encode_image(model, x.flatten(0, 1), prompts).float().unflatten(0, x.shape[:2]))
+        labels.append(y)
+    features = torch.cat(features).transpose(0, 1)
+    return features[0] if copies == 1 else features, torch.cat(labels)
+
+
+def view_features(model, images, n_views, min_crop=0.08):
+    """Features [n_views, len(images), D] of random views (`train_transform`) under the frozen encoder, and the labels.
+
+    Draws from PyTorch's global generator: call `seed_everything` first.
+    """
+    features, labels = image_features(model, images, train_transform(model, min_crop), copies=n_views)
+    return features.reshape(n_views, len(images), -1), labels
+
+
+def epoch_batches(sizes, batch_size):
+    """Yield one list of index tensors a step, a tensor a task: every task in shuffled order, in batches of equal size.
+
+    An epoch is as many steps as the largest task needs to be seen once. Smaller tasks, and the last batch of each, go on
+    with a fresh shuffle. Draws from PyTorch's global generator.
+    """
+    batch_size = min(batch_size, max(sizes))
+    steps = math.ceil(max(sizes) / batch_size)
+    streams = [torch.cat([torch.randperm(n) for _ in range(math.ceil(steps * batch_size / n))]) for n in sizes]
+    for step in range(steps):
+        yield [stream[step * batch_size:(step + 1) * batch_size] for stream in streams]
+
+
+class Texts:
+    """The texts of a multi-task step as one batch for the text encoder; tasks that agree in prompts and names share rows.
+
+    owners[t] says which of P prompt sets task t uses (default: set 0 for every task).
+    """
+
+    def __init__(self, tasks, n_ctx=0, owners=None, templates=False):
+        owners = owners or [0] * len(tasks)
+        keys = [(owner, task.template if templates else "{}", tuple(task.class_names)) for owner, task in zip(owners, tasks)]
+        distinct = list(dict.fromkeys(keys))
+        self.slots = [distinct.index(key) for key in keys]                      # task -> its place among the distinct texts
+        self.sizes = [len(names) for _, _, names in distinct]
+        self.owners = torch.tensor([owner for owner, _, names in distinct for _ in names])
+        self.tokens = torch.nn.utils.rnn.pad_sequence(
+            [row for _, template, names in distinct for row in tokenize(names, n_ctx, template)], batch_first=True)
+
+    def encode(self, model, prompts=None):
+        """Features [C_t, D] of every task t, as a list, from prompts [L, P, n, d]."""
+        if prompts is not None:
+            prompts = prompts[:, 0] if prompts.shape[1] == 1 else prompts[:, self.owners.to(prompts.device)]
+        parts = encode_text(model, self.tokens, prompts).split(self.sizes)
+        return [parts[slot] for slot in self.slots]
+
+
+def evaluate(model, preprocess, task, text_features, prompts=None, images=None, features=None):
+    """Per cent of the test images of `task` that are classified right by its metric.
+
+    text_features: [C, D]. prompts: image prompts [L, n, d]. images: other images than task.test. features: the pair that
+    `image_features` returned, where the image encoder is frozen and has seen these images before.
+    """
+    with torch.no_grad():
+        if features is None:
+            features = image_features(model, task.test if images is None else images, preprocess, prompts)
+        x, labels = features
+        hits = (logits(model, x, text_features.float()).argmax(dim=-1) == labels).cpu().double()
+    if task.metric == "accuracy":
+        return 100 * hits.mean().item()
+    labels = labels.cpu()
+    return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
+
+
+@torch.no_grad()
+def zero_shot(model, tasks):
+    """Zero-shot text features [C, D] of every task, from its own template."""
+    return Texts(tasks, templates=True).encode(model)
+
+
+# ---------------------------------------------------------------------------------------------- command line and runs
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def arguments(method, doc, paper, tiny):
+    """The command line that all method files share; a file adds its own flags before `parse`.
+
+    paper, tiny: the file's settings at full size, and what the built-in backbone has of its own.
+    """
+    says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
+    parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", metavar="NAME|DIR", help="emoji, officehome, pacs, a folder domain/class/*.jpg, or name=path for a folder "
+        "class/*.jpg that makes one task; several joined by commas (default emoji)")
+    add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
+    add("--shots", type=int, help="images of each class to train on, instead of --split")
+    add("--seeds", type=int, nargs="+", help="one training a seed, reported as mean ± std (default 1)")
+    add("--clip", metavar="NAME|FILE", help=f"backbone (default {paper['clip']}; tiny for emoji)")
+    add("--root", metavar="DIR", help="where the datasets are (default data)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default CUDA where there is one)")
+    add("--epochs", type=int, help=says("epochs"))
+    add("--lr", type=float, help="learning rate " + says("lr"))
+    add("--batch-size", type=int, help="images of a task in a step " + says("batch_size"))
+    add("--n-ctx", type=int, help="prompt length b " + says("n_ctx"))
+    add("--views", type=int, help="fixed augmented views an image; 0 draws fresh ones every epoch " + says("views"))
+    add("--min-crop", type=float, help="smallest part of an image's area that a view shows " + says("min_crop"))
+    add("--out", metavar="DIR", help="folder of this run (default one of its own under runs/)")
+    add("--resume", action="store_true", help="go on with the run in --out, with the settings saved there")
+    add("--eval", metavar="CKPT", help="score a saved prompts.pt instead of training; writes nothing")
+    add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
+    add("--plot", action="store_true", help="also draw PNGs into the run folder")
+    parser.set_defaults(method=method, paper=paper, tiny=tiny, finished=None)
+    return parser
+
+
+def parse(parser, argv=None):
+    """Parse, take over the settings of a run that is resumed or scored, fill in defaults, refuse what cannot be."""
+    args = parser.parse_args(argv)
+    paper, tiny = vars(args).pop("paper"), vars(args).pop("tiny")
+    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    if args.resume and args.eval:
+        raise UserError("--resume goes on with a training and --eval scores a finished one: give one of them")
+    if args.resume:
+        if args.out is None:
+            raise UserError("--resume needs --out DIR, the folder of the run to go on with")
+        _take_over(args, given, _run_settings(args), f"the run in {args.out}", Run.FREE)
+        if (Path(args.out) / "result.json").exists():
+            args.finished = _read_json(Path(args.out) / "result.json")
+            return args
+    elif args.eval:
+        saved = load_prompts(args.eval, args.method)["settings"]
+        saved = {key: value for key, value in saved.items() if key not in ("out", "plot", "device", "validate")}
+        _take_over(args, given, saved, args.eval, Run.FREE | {"data", "split", "shots", "seeds"})
+        if "split" in given or "shots" in given:
+            args.split, args.shots = given.get("split"), given.get("shots")
+    fill = lambda key, value: setattr(args, key, value) if getattr(args, key) is None else None
+    fill("data", "emoji")
+    fill("clip", "tiny" if args.data == "emoji" else paper["clip"])
+    check_clip(args.clip)
+    for key, value in {**paper, **(tiny if args.clip == "tiny" else {})}.items():
+        fill(key, value)
+    if args.split is None and args.shots is None:
+        if args.data != "emoji":
+            find_listings(args.data, args.root or "data")                       # tells of a misspelt name first
+            raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, such as --shots 4")
+        args.split = 0.1
+    fill("seeds", [1]), fill("root", "data"), fill("device", "cuda" if torch.cuda.is_available() else "cpu")
+    for key, least in dict(epochs=1, batch_size=1, n_ctx=1, views=0).items():
+        if getattr(args, key) < least:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is too small: give {least} or more")
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr} is no learning rate: give a number above 0")
+    if not 0 < args.min_crop <= 1:
+        raise UserError(f"--min-crop {args.min_crop} is no part of an image: give a number above 0 and up to 1")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, each once")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} is not there ({_brief(error)}): use --device cpu") from error
+    return args
+
+
+def _said(key, value):
+    """A setting as words: "with --n-ctx 4", "without --shots"."""
+    flag, words = f"--{key.replace('_', '-')}", " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"without {flag}" if value is None or value is False else f"with {flag}" if value is True else f"with {flag} {words}"
+
+
+def _take_over(args, given, saved, owner, free):
+    """Set args to the saved settings of `owner`; a word on the command line wins where it is free, and else must agree."""
+    for key, value in saved.items():
+        if key not in given:
+            setattr(args, key, value)
+        elif given[key] != value and key not in free:
+            raise UserError(f"{owner} was started {_said(key, value)}, not {_said(key, given[key])}: leave the word out, or start "
+                            "another run in another --out")
+
+
+def _run_settings(args):
+    path = Path(args.out) / "settings.json"
+    saved = _read_json(path)
+    if not isinstance(saved, dict) or not {"method", "data", "seeds"} <= saved.keys():
+        raise UserError(f"{path} does not hold the settings of a run: start one in another --out")
+    if saved["method"] != args.method:
+        raise UserError(f"the run in {args.out} is one of {saved['method']}: use {saved['method']}.py --resume --out {args.out}")
+    return saved
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no run to resume in {path.parent} (no {path.name}): leave out --resume to start one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_brief(error)}): start the run again in another --out") from error
+
+
+def script(main):
+    """Run a method file's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                # a path that the system refuses: too long a name, no permission
+        if error.filename is None:
+            raise
+        print(f"{name}: {error.filename} cannot be used ({error.strerror}): give another path or mend it", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; go on with --resume --out {Run.latest}" if Run.latest else f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_whole(path, content):
+    """Write text or bytes to a temporary name and rename it: the file is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another --out") from error
+
+
+def load_saved(path, what, keys, remedy):
+    """A dict from `torch.save`, read without running any code in it; UserError where the file is not what it should be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:              # truncated, foreign and malicious files fail in many ways, all of them here
+        raise UserError(f"{path} is not {what} of this project ({_brief(error)}): {remedy}") from error
+    kinds = dict(settings=dict, prompts=dict, tasks=dict, finished=dict, rows=list, current=(dict, type(None)))
+    if not isinstance(saved, dict) or not {"method", "settings", *keys} <= saved.keys() or \
+            not all(isinstance(saved[key], kind) for key, kind in kinds.items() if key in saved):
+        raise UserError(f"{path} is not {what} of this project (it holds something else): {remedy}")
+    return saved
+
+
+def load_prompts(path, method):
+    """What a run saved as prompts.pt: method, settings, tasks (name -> class names) and prompts (seed -> state dict)."""
+    saved = load_saved(path, "a prompts.pt", ["prompts", "tasks"], f"give the prompts.pt that a run of {method} wrote")
+    if saved["method"] != method:
+        raise UserError(f"{path} holds prompts of {saved['method']}, not of {method}: use {saved['method']}.py --eval {path}")
+    return saved
+
+
+class Run:
+    """The folder of one run: settings.json, log.csv, checkpoint.pt, prompts.pt, result.json and plots.
+
+    Making a Run only checks; `open` writes first. The checkpoint of every epoch holds all that is needed to go on, the
+    scores of finished seeds included.
+    """
+    latest = None
+    FREE = {"out", "plot", "device", "root"}             # settings that a resumed run may change
+
+    def __init__(self, args):
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}
+        self.folder, self.resumed = Path(args.out) if args.out else self._free_folder(self.settings), args.resume
+        self.state = dict(method=args.method, settings=self.settings, finished={}, rows=[], current=None)
+        self.prompts = {}
+        if args.resume:
+            if (self.folder / "checkpoint.pt").exists():
+                path, remedy = self.folder / "checkpoint.pt", "start the run again in another --out"
+                self.state = load_saved(path, "a checkpoint", self.state, remedy)
+                if any(self.state["settings"].get(k) != v for k, v in self.settings.items() if k not in self.FREE):
+                    raise UserError(f"{path} is of a run with other settings: {remedy}")
+            if (self.folder / "prompts.pt").exists():
+                self.prompts = load_prompts(self.folder / "prompts.pt", args.method)["prompts"]
+            return
+        for name in ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt"):
+            if (self.folder / name).exists():
+                raise UserError(f"--out {self.folder} holds another run ({name}): choose another folder, or --resume to go on with it")
+        nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"--out {self.folder} cannot be written, because {nearest} is a file or read-only: choose another folder")
+
+    @staticmethod
+    def _free_folder(settings):
+        data = Path(settings["data"]).name.replace("=", "-").replace(",", "-")
+        base = f"{settings['method']}-{data}-{settings['shots'] or settings['split']}"
+        return next(p for p in (Path("runs") / f"{base}-{i}" for i in range(1, 10**6)) if not p.exists())
+
+    def open(self):
+        """Make the folder and note the settings: from here on there is a run to resume."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if not self.resumed and not self.settings["out"]:
+                while True:                                                     # a run started at the same moment may be faster
+                    try:
+                        self.folder.mkdir()
+                        break
+                    except FileExistsError:
+                        self.folder = self._free_folder(self.settings)
+            self.folder.mkdir(exist_ok=True)
+            if not self.resumed:
+                (self.folder / "settings.json").touch(exist_ok=False)
+        except FileExistsError:
+            raise UserError(f"--out {self.folder} holds another run, which has just begun: choose another folder") from None
+        except OSError as error:
+            raise UserError(f"--out {self.folder} cannot be made ({error.strerror}): choose another folder") from error
+        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        Run.latest = self.folder
+
+    def restore(self, seed, **parts):
+        """Load the last checkpoint of this seed into `parts` (things with load_state_dict); returns the epoch to go on with."""
+        self.clock, self.seconds, current = time.time(), 0.0, self.state["current"]
+        if not current or current["seed"] != seed:
+            return 0
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(current["parts"][name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now ({_brief(error)}): start the run "
+                            "again in another --out") from error
+        self.seconds = current["seconds"]
+        return current["epoch"]
+
+    def checkpoint(self, seed, epoch, row, **parts):
+        """Save `parts` after `epoch` epochs, and a row for log.csv."""
+        now = time.time()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.state["rows"].append(dict(seed=seed, epoch=epoch, **row))
+        parts = {name: part.state_dict() for name, part in parts.items()}
+        self.state["current"] = dict(seed=seed, epoch=epoch, seconds=self.seconds, parts=parts)
+        self._save("checkpoint.pt", self.state)
+        self._write_log()
+
+    def _write_log(self):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for r in self.state["rows"] for k in r)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.state["rows"])
+        write_whole(self.folder / "log.csv", text.getvalue())
+
+    def save_prompts(self, seed, module, tasks):
+        """Keep trained prompts before anything else can fail."""
+        self.prompts[seed] = {k: v.detach().cpu() for k, v in module.state_dict().items()}
+        self._save("prompts.pt", dict(method=self.settings["method"], settings=self.settings, prompts=self.prompts,
+                                      tasks={task.name: list(task.class_names) for task in tasks}))
+
+    def finish_seed(self, seed, scores):
+        """Keep a seed's scores: zero_shot and accuracy (a number a task), trainable_parameters, and the method's own."""
+        self.state["finished"][seed] = dict(scores, seconds=self.seconds)
+        self.state["current"] = None
+        self._save("checkpoint.pt", self.state)
+
+    def _save(self, name, content):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(self.folder / name, buffer.getvalue())
+
+    def finish(self, tasks, model):
+        """Write result.json, print the closing table, draw the plots."""
+        result = gather(self.settings, tasks, model, self.state["finished"])
+        self._write_log()
+        write_whole(self.folder / "result.json", json.dumps(result, indent=1))
+        if self.settings["plot"]:
+            plot_run(self.folder, result, self.state["rows"])
+        print_table(result)
+        print(f"\nresult, log and prompts are in {self.folder}")
+
+
+def gather(settings, tasks, model, finished):
+    """What result.json holds, from the scores of every seed. A key that a method adds becomes a list, an entry a seed."""
+    names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
+    shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
+    return dict({key: settings.get(key) for key in ("method", "variant", "data", "split", "shots", "clip", "seeds", "epochs", "lr", "batch_size",
+                                                         "validate")}, tasks=names,
+                zero_shot={n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)},
+                accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
+                average=[statistics.mean(d["accuracy"]) for d in done], trainable_parameters=done[0]["trainable_parameters"],
+                clip_parameters=sum(p.numel() for p in model.parameters()), seconds=[d["seconds"] for d in done],
+                **{key: [d[key] for d in done] for key in done[0] if key not in shared})
+
+
+def run_seeds(args, build, train, score, n_text):
+    """The frame of every method file: refuse early, then train, keep and score the prompts of each seed, and report.
+
+    build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
+    score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
+    vectors stand before the class name in the text.
+    """
+    if args.finished:
+        print_table(args.finished)
+        return print(f"\nthe run in {args.out} had finished")
+    del args.finished
+    run = None if args.eval else Run(args)
+    tasks = _checked_tasks(args, n_text)
+    saved = load_prompts(args.eval, args.method)["prompts"] if args.eval else {}
+    for seed in args.seeds if args.eval else []:
+        if seed not in saved:
+            raise UserError(f"{args.eval} has prompts of the seeds {', '.join(map(str, saved))}, not of {seed}")
+    model, preprocess = load_clip(args.clip, args.device)
+
+    def scored(seed, prompts, **extra):
+        trainable = sum(p.numel() for p in prompts.parameters() if p.requires_grad)
+        return dict(score(args, model, preprocess, tasks[seed], prompts), trainable_parameters=trainable, **extra)
+
+    if args.eval:
+        finished = {}
+        for seed in args.seeds:
+            prompts = build(args, model, tasks[seed])
+            try:
+                prompts.load_state_dict(saved[seed])
+            except (RuntimeError, TypeError) as error:
+                raise UserError(f"the prompts in {args.eval} do not fit {args.data} ({_brief(error)}): give the --data they were "
+                                "trained on") from error
+            finished[seed] = scored(seed, prompts, seconds=0.0)
+        return print_table(gather(vars(args), tasks[args.seeds[0]], model, finished))
+    run.open()
+    for seed in args.seeds:
+        if seed not in run.state["finished"]:
+            prompts = train(args, model, tasks[seed], run, seed)
+            run.save_prompts(seed, prompts, tasks[seed])
+            run.finish_seed(seed, scored(seed, prompts))
+    run.finish(tasks[args.seeds[0]], model)
+
+
+def _checked_tasks(args, n_text):
+    """The tasks of every seed, with all refused that a training would stumble over later."""
+    tasks = {seed: load_tasks(args.data, args.split, args.shots, seed, args.root) for seed in args.seeds}
+    for task in tasks[args.seeds[0]]:
+        tokenize(task.class_names, n_text)                                      # longer than 77 positions
+        tokenize(task.class_names, template=task.template)
+    for seed, task in [(seed, task) for seed in args.seeds for task in tasks[seed]]:
+        if args.validate:
+            task.train, task.test = hold_out(task.train, seed)
+            if not len(task.test):
+                raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps its last one, so train on more")
+        for i in progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
+            task.train[i]                                                       # an image that cannot be decoded
+    return tasks
+
+
+def mean_std(values):
+    """`85.2 ± 0.4` from per cents over seeds (sample standard deviation), or `85.2` from one."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def print_table(result):
+    """The closing table: a row a task and the average; zero-shot CLIP, the method, the paper's number where there is one."""
+    papers = json.loads((HERE / "data" / "paper_results.json").read_text(encoding="utf-8"))["columns"]
+    same = lambda paper: all(paper.get(key) == result.get(key) for key in ("method", "variant", "data", "split", "shots", "clip", "epochs", "lr"))
+    paper = next((p for p in papers if same(p) and not result["validate"]), None)
+    rows = [[name, f"{result['zero_shot'][name]:.1f}", mean_std(result["accuracy"][name])] for name in result["tasks"]]
+    rows.append(["average", f"{statistics.mean(result['zero_shot'].values()):.1f}", mean_std(result["average"])])
+    head = ["", "zero-shot", result["method"]]
+    if paper:
+        head.append(f"{paper['paper']}, {paper['table']}")
+        for row in rows:
+            row.append(paper["results"].get(row[0], ""))
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    print()
+    for row in [head, *rows]:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    share = 100 * result["trainable_parameters"] / result["clip_parameters"]
+    print(f"\n{result['trainable_parameters']:,} trainable parameters, {share:.2f} per cent of CLIP's; accuracy in per cent, "
+          f"seeds {' '.join(map(str, result['seeds']))}; trained in {statistics.mean(result['seconds']):.0f} s a seed")
+
+
+def plot_run(folder, result, rows):
+    """accuracy.png (zero-shot and method by task) and loss.png (training loss by epoch) in the run folder."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names, width = result["tasks"], 0.4
+    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(names), 4))
+    means = [statistics.mean(result["accuracy"][n]) for n in names]
+    spreads = [statistics.stdev(result["accuracy"][n]) if len(result["seeds"]) > 1 else 0 for n in names]
+    axes.bar([i - width / 2 for i in range(len(names))], [result["zero_shot"][n] for n in names], width, label="zero-shot CLIP")
+    axes.bar([i + width / 2 for i in range(len(names))], means, width, yerr=spreads, label=result["method"])
+    axes.set_xticks(range(len(names)), names, rotation=20), axes.set_ylabel("accuracy (%)"), axes.legend()
+    figure.savefig(folder / "accuracy.png", dpi=150, bbox_inches="tight")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for seed in result["seeds"]:
+        points = [(row["epoch"], row["loss"]) for row in rows if row["seed"] == seed and "loss" in row]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
+    axes.set_xlabel("epoch"), axes.set_ylabel("training loss, sum over tasks"), axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
+    plt.close("all")
+
+
+def progress(iterable, text):
+    """A progress bar on a terminal, for what takes over two seconds."""
+    return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)

@@ -1,0 +1,140 @@
+"""Benchmarks whose tasks are domains: `emoji`, Office-Home, PACS, and a folder of your own.
+
+`find(name, root)` turns one name of `--data` into listings, one a task, which `common.load_tasks` splits into training and
+test images. To add a benchmark, write a function that returns listings and name it in `BENCHMARKS`.
+"""
+import difflib
+import json
+from pathlib import Path
+
+from common import Listing, UserError, read_tile
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def find(name, root):
+    """The listings of a benchmark's name, a `domain/class/images` folder, or `name=path` of a `class/images` folder."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name](root)
+    task, _, path = name.partition("=")
+    if task and path and not Path(name).exists():
+        return [class_tree(task, Path(path))]
+    path = Path(name)
+    if name and path.is_dir():
+        return domain_trees(path, {folder: folder.name for folder in folders(path)}, "a photo of a {}")
+    if name and path.exists():
+        raise UserError(f"{path} is a file, and --data takes the name of a benchmark or a folder domain/class/*.jpg")
+    close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.4)
+    hint = f"did you mean '{close[0]}'? The benchmarks are" if close else "it is no folder, and the benchmarks are"
+    raise UserError(f"--data {name or 'of nothing'} is unknown: {hint} {', '.join(BENCHMARKS)}")
+
+
+def emoji(root):
+    """The built-in benchmark: 4 drawing styles x 58 classes. All drawings of one emoji fall on the same side of a split."""
+    here = Path(__file__).resolve().parent / "emoji"
+    classes = json.loads((here / "classes.json").read_text(encoding="utf-8"))
+    numbers, start = [], 0
+    for members in classes.values():
+        numbers.append(range(start, start + len(members)))
+        start += len(members)
+    styles = {"Noto": "noto", "Twemoji": "twemoji", "Fluent": "fluent", "High Contrast": "high_contrast"}
+    return [Listing(style, list(classes), "a drawing of a {}", [[(str(here / f"{file}.webp"), i) for i in r] for r in numbers],
+                    draw="emoji", read=read_tile) for style, file in styles.items()]
+
+
+def officehome(root):
+    """Office-Home: the official archive's folder, Dassl's `office_home`, or either of them as `root` itself."""
+    names = ["Art", "Clipart", "Product", "Real World"]
+    return named_domains(root, "Office-Home", ["OfficeHomeDataset_10072016", "office_home"], names)
+
+
+def pacs(root):
+    """PACS in Dassl's layout, `pacs/images/{art_painting,cartoon,photo,sketch}`, or those four folders under `root`."""
+    return named_domains(root, "PACS", ["pacs/images", "PACS/images", "pacs", "PACS"], ["Art Painting", "Cartoon", "Photo", "Sketch"])
+
+
+BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs}
+
+
+def spoken(name):
+    """A folder's name as people say it: `Alarm_Clock` is "alarm clock"."""
+    return " ".join(name.replace("_", " ").split()).lower()
+
+
+def folders(path):
+    """The folders in a folder, sorted by name, hidden ones left out."""
+    return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name.lower())
+
+
+def images_in(path):
+    return sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
+
+
+def image_depth(path, most=4):
+    """How many folders below `path` its first images lie (0: in it), or None: it tells a level too high or too low."""
+    level = [path]
+    for depth in range(most + 1):
+        if any(images_in(p) for p in level):
+            return depth
+        level = [q for p in level for q in folders(p)]
+    return None
+
+
+def check_folder(path, flag="--data"):
+    if not path.exists():
+        raise UserError(f"there is no folder {path}: give {flag} one that is there")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file where a folder of images belongs: give {flag} a folder")
+
+
+def named_domains(root, benchmark, places, names):
+    """The domain trees of a benchmark in the first of `places` under `root`, or in `root`, whatever the case of its folders."""
+    check_folder(root, "--root")
+    for place in [root / p for p in places] + [root]:
+        if place.is_dir():
+            found = {spoken(p.name): p for p in folders(place)}
+            if all(spoken(name) in found for name in names):
+                return domain_trees(place, {found[spoken(name)]: name for name in names}, "a photo of a {}")
+    raise UserError(f"{benchmark} is not in {root}: put its folders {', '.join(names)} into {root / places[0]}, "
+                    "or give --root the folder that holds them")
+
+
+def domain_trees(path, domains, template):
+    """A listing a domain from `domain/class/images`; every domain needs the same classes."""
+    depths = [1 + below for below in map(image_depth, domains) if below is not None]        # stray images beside them do no harm
+    depth = min(depths) if depths else 0 if images_in(path) else None
+    if depth is None:
+        raise UserError(f"{path} holds no images: it should be a tree domain/class/*.jpg")
+    if depth < 2:
+        where = "images themselves" if depth == 0 else "folders of images, the classes of one task"
+        raise UserError(f"{path} holds {where}, and --data takes a tree domain/class/*.jpg: "
+                        f"{'go two levels up' if depth == 0 else f'go one level up, or give name={path} to make it one task'}")
+    if depth > 2:
+        inside = " or ".join(str(p) for p in folders(path)[:3])
+        raise UserError(f"{path} is {'a level' if depth == 3 else 'levels'} too high for a tree domain/class/*.jpg: try {inside}")
+    trees = [class_tree(name, folder, template) for folder, name in domains.items()]
+    for tree in trees:
+        for other in trees:
+            for name in tree.class_names:
+                if name not in other.class_names:
+                    raise UserError(f"class '{name}' is in {path}'s domain {tree.name} and not in {other.name}: every domain needs the "
+                                    "same classes; for tasks with classes of their own give name=path,name=path")
+    return trees
+
+
+def class_tree(name, path, template="a photo of a {}"):
+    """One listing from `class/images`, the classes in the order of their spoken names."""
+    check_folder(path)
+    classes = sorted(folders(path), key=lambda p: spoken(p.name))
+    depth = image_depth(path)
+    if depth != 1:
+        reason = {None: "holds no images", 0: "holds images themselves: go one level up"}.get(depth, "is a level too high")
+        raise UserError(f"{path} {reason}; a task is a tree class/*.jpg")
+    for one, other in zip(classes, classes[1:]):
+        if spoken(one.name) == spoken(other.name):
+            raise UserError(f"{one} and {other} are both called '{spoken(one.name)}': put their images into one folder or rename one")
+    items = [images_in(p) for p in classes]
+    for folder, images in zip(classes, items):
+        if not images:
+            raise UserError(f"class folder {folder} holds no images ({', '.join(sorted(ENDINGS))}): add some or take it away")
+    return Listing(name, [spoken(p.name) for p in classes], template, items, draw=name)

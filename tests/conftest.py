@@ -1,0 +1,99 @@
+"""Shared fixtures: the folder on the import path, small random CLIPs, image trees, and no network for any test."""
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+from clip.model import CLIP  # noqa: E402
+
+TINY = dict(embed_dim=32, image_resolution=32, vision_layers=3, vision_width=64, vision_patch_size=8, context_length=77,
+            vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=3)
+VIT_B16 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16, context_length=77,
+               vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
+RN50 = dict(embed_dim=1024, image_resolution=224, vision_layers=(3, 4, 6, 3), vision_width=64, vision_patch_size=None,
+            context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
+
+
+def random_clip(**shape):
+    torch.manual_seed(0)
+    return CLIP(**shape).float().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small():
+    return random_clip(**TINY)
+
+
+@pytest.fixture(scope="session")
+def vit_b16():
+    return random_clip(**VIT_B16)
+
+
+@pytest.fixture(scope="session")
+def rn50():
+    return random_clip(**RN50)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return common.load_clip("tiny", "cpu")
+
+
+NO_NETWORK = """
+import socket
+connect = socket.socket.connect
+def refuse(self, *args):
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        raise AssertionError("a test tried to use the network")
+    return connect(self, *args)
+socket.socket.connect = refuse
+"""
+exec(NO_NETWORK)                            # every test fails that opens a connection; worker processes use local ones
+
+
+def make_tree(root, layout, size=24):
+    """Write images of noise: {"domain/class": count, ...} below root; no two are equal."""
+    number = 0
+    for folder, count in layout.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            number += 1
+            noise = random.Random(number).randbytes(3 * size * size)
+            Image.frombytes("RGB", (size, size), noise).save(root / folder / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Your own data in miniature: 2 domains, 3 classes, 5 images each."""
+    return make_tree(tmp_path / "shapes", {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")})
+
+
+def run_script(script, *words, cwd=ROOT, timeout=280, **kwargs):
+    """A method file as a process, as a user would start it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text(NO_NETWORK)                 # Python runs this in the process first
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                              timeout=timeout, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder), **kwargs)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with `python -m pytest -m slow`")
+    config.addinivalue_line("filterwarnings", "ignore:pkg_resources is deprecated")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Plain `python -m pytest` leaves the slow tests out."""
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

@@ -1,0 +1,189 @@
+"""Benchmarks on disk become tasks: layouts, names, splits, held-out images."""
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import make_tree
+
+import common
+
+OFFICE_CLASSES = ["Alarm_Clock", "TV", "Table", "ToothBrush"]
+
+
+def sides(task):
+    return set(task.train.items), set(task.test.items)
+
+
+def test_emoji_is_four_styles_of_the_same_classes():
+    tasks = common.load_tasks("emoji", split=0.1)
+    assert [t.name for t in tasks] == ["Noto", "Twemoji", "Fluent", "High Contrast"]
+    assert all(t.class_names == tasks[0].class_names and 50 <= len(t.class_names) <= 65 for t in tasks)
+    for t in tasks:
+        counts = Counter(t.train.labels) + Counter(t.test.labels)
+        assert min(counts.values()) >= 6 and max(counts.values()) <= 80 and len(counts) == len(t.class_names)
+        assert t.val is None and t.metric == "accuracy"
+    image, label = tasks[0].train[0]
+    assert image.mode == "RGB" and label == 0
+
+
+def test_one_task_of_emoji_is_black_and_white_and_no_drawing_is_empty():
+    tasks = common.load_tasks("emoji", split=0.1)
+    for t in tasks:
+        pixels = [torch.frombuffer(bytearray(t.test[i][0].tobytes()), dtype=torch.uint8).view(-1, 3) for i in range(0, len(t.test), 29)]
+        assert all(p.min() < 200 for p in pixels)
+        grey = all((p.max(1).values == p.min(1).values).all() for p in pixels)
+        assert grey == (t.name == "High Contrast")
+
+
+def test_all_drawings_of_one_emoji_fall_on_the_same_side():
+    tasks = common.load_tasks("emoji", split=0.1, seed=3)
+    numbers = [tuple({i for _, i in side} for side in sides(t)) for t in tasks]
+    assert all(n == numbers[0] for n in numbers) and not numbers[0][0] & numbers[0][1]
+
+
+def test_a_split_takes_its_fraction_of_every_class_rounded_and_at_least_one():
+    whole = {t.name: Counter(t.train.labels) + Counter(t.test.labels) for t in common.load_tasks("emoji", split=0.5)}
+    for t in common.load_tasks("emoji", split=0.1):
+        taken = Counter(t.train.labels)
+        assert all(taken[k] == max(1, round(0.1 * n)) for k, n in whole[t.name].items())
+
+
+def test_the_split_depends_on_the_seed_and_a_larger_one_contains_the_smaller(tree):
+    for data in ("emoji", str(tree)):
+        first, again, other = (common.load_tasks(data, split=0.4, seed=s) for s in (1, 1, 2))
+        assert [sides(t) for t in first] == [sides(t) for t in again]
+        assert [sides(t) for t in first] != [sides(t) for t in other]
+        larger = common.load_tasks(data, split=0.6, seed=1)
+        assert all(sides(a)[0] < sides(b)[0] for a, b in zip(first, larger))
+        assert all(not train & test for train, test in map(sides, first))
+
+
+def test_shots_leave_a_fifth_of_a_class_and_one_image_for_testing(tmp_path):
+    make_tree(tmp_path, {"a/big": 20, "a/small": 3, "b/big": 6, "b/small": 2})
+    a, b = common.load_tasks(str(tmp_path), shots=100)
+    assert Counter(a.test.labels) == {0: 4, 1: 1} and Counter(b.test.labels) == {0: 2, 1: 1}
+    a, b = common.load_tasks(str(tmp_path), shots=2)
+    assert Counter(a.train.labels) == {0: 2, 1: 2} and Counter(b.train.labels) == {0: 2, 1: 1}
+
+
+@pytest.mark.parametrize("place, domains, lower", [
+    ("OfficeHomeDataset_10072016", ["Art", "Clipart", "Product", "Real World"], False),
+    ("office_home", ["art", "clipart", "product", "real_world"], True), (".", ["Art", "Clipart", "Product", "Real World"], False)])
+def test_office_home_is_read_in_every_layout_with_spoken_class_names(tmp_path, place, domains, lower):
+    make_tree(tmp_path / place, {f"{d}/{c.lower() if lower else c}": 6 for d in domains for c in OFFICE_CLASSES})
+    next((tmp_path / place / domains[0]).iterdir()).joinpath("._000.jpg").write_text("a macOS archive leaves these")
+    (tmp_path / place / "ImageInfo.csv").write_text("the official archive has this beside the folders")
+    tasks = common.load_tasks("officehome", split=0.34, root=tmp_path)
+    assert [t.name for t in tasks] == ["Art", "Clipart", "Product", "Real World"]
+    for t in tasks:
+        assert t.class_names == ["alarm clock", "table", "toothbrush", "tv"] and t.template == "a photo of a {}"
+        assert Counter(t.train.labels) == dict.fromkeys(range(4), 2) and Counter(t.test.labels) == dict.fromkeys(range(4), 4)
+        for path, label in zip(t.train.items + t.test.items, t.train.labels + t.test.labels):
+            assert path.parent.name.replace("_", " ").lower() == t.class_names[label]
+
+
+def test_pacs_is_read_in_dassls_layout(tmp_path):
+    make_tree(tmp_path / "pacs" / "images", {f"{d}/{c}": 4 for d in ("art_painting", "cartoon", "photo", "sketch") for c in ("dog", "horse")})
+    tasks = common.load_tasks("pacs", shots=1, root=tmp_path)
+    assert [t.name for t in tasks] == ["Art Painting", "Cartoon", "Photo", "Sketch"] and len(tasks[0].train) == 2
+
+
+def test_a_folder_of_your_own_and_class_trees_with_classes_of_their_own(tree):
+    drawn, painted = common.load_tasks(str(tree), split=0.4)
+    assert (drawn.name, painted.name) == ("drawn", "painted") and drawn.class_names == ["cup", "hat", "red ball"]
+    one, two = common.load_tasks(f"first={tree / 'drawn'},second={tree / 'painted'}", shots=1)
+    assert (one.name, two.name, len(one.train), len(one.test)) == ("first", "second", 3, 12)
+
+
+def test_held_out_images_are_a_fifth_and_never_a_classs_last():
+    task = common.load_tasks("emoji", split=0.1)[0]
+    rest, held = common.hold_out(task.train, seed=1)
+    assert len(held) == round(0.2 * len(task.train)) and len(rest) + len(held) == len(task.train)
+    assert not set(rest.items) & set(held.items) and set(rest.labels) == set(task.train.labels)
+    again = common.hold_out(task.train, seed=1)[1]
+    assert held.items == again.items != common.hold_out(task.train, seed=2)[1].items
+    one_shot = common.load_tasks("emoji", shots=1)[0].train
+    assert len(common.hold_out(one_shot, seed=1)[1]) == 0
+
+
+def test_an_epoch_shows_the_largest_task_once_and_cycles_the_smaller():
+    torch.manual_seed(0)
+    steps = list(common.epoch_batches([10, 4], batch_size=5))
+    assert len(steps) == 2 and all(len(b) == 5 for step in steps for b in step)
+    assert sorted(torch.cat([s[0] for s in steps]).tolist()) == list(range(10))
+    assert set(torch.cat([s[1] for s in steps]).tolist()) == set(range(4))
+    assert [[len(b) for b in s] for s in common.epoch_batches([3, 2], batch_size=16)] == [[3, 3]]
+
+
+def test_accuracy_and_mean_per_class_by_hand(small):
+    """Three images of class 0, all right, and one of class 1, wrong: 75 per cent of images, 50 of the mean over classes."""
+    class Four(torch.utils.data.Dataset):
+        read = None
+
+        def __len__(self):
+            return 4
+    text = torch.eye(2, 32)
+    features = (torch.eye(2, 32)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+    task = common.Task("t", ["a", "b"], "{}", Four(), Four())
+    assert common.evaluate(small, None, task, text, features=features) == 75
+    task.metric = "mean per class"
+    assert common.evaluate(small, None, task, text, features=features) == 50
+
+
+def test_evaluation_in_batches_equals_one_image_at_a_time(small, tree):
+    from torchvision.transforms import functional as T
+    task = common.load_tasks(str(tree), shots=1)[0]
+    preprocess = lambda image: T.normalize(T.to_tensor(image.resize((32, 32))), common.PIXEL_MEAN, common.PIXEL_STD)
+    text = common.zero_shot(small, [task])[0]
+    hits = 0
+    for image, label in task.test:
+        hits += int(common.logits(small, common.encode_image(small, preprocess(image)[None]), text).argmax()) == label
+    assert common.evaluate(small, preprocess, task, text) == pytest.approx(100 * hits / len(task.test))
+
+
+def test_features_of_random_views_do_not_depend_on_worker_processes(small, tmp_path, monkeypatch):
+    """Over 400 files are read by workers, fewer in the process itself."""
+    task = common.load_tasks(str(make_tree(tmp_path, {f"{d}/{c}": 240 for d in "ab" for c in "xy"})), split=0.9)[0]
+    common.seed_everything(3)
+    with_workers, labels = common.view_features(small, task.train, 2)
+    monkeypatch.setattr(task.train, "read", lambda path: common.read_image(path))
+    common.seed_everything(3)
+    without, _ = common.view_features(small, task.train, 2)
+    assert with_workers.shape == (2, 432, 32) and torch.equal(with_workers, without) and labels.tolist() == task.train.labels
+    assert not torch.equal(with_workers[0], with_workers[1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_images_reach_worker_processes_however_they_start(method, tree):
+    """In a fresh process that holds two loads of the data, from the repository's folder."""
+    code = f"""
+import torch, common
+if __name__ == "__main__":
+    for data in ("emoji", {str(tree)!r}):
+        first = [common.load_tasks(data, split=0.4, seed=s) for s in (1, 2)][0][0].train
+        loader = torch.utils.data.DataLoader(first, 4, num_workers=1, collate_fn=list, multiprocessing_context={method!r})
+        print(len([item for batch in loader for item in batch]) == len(first))
+"""
+    (tree.parent / "load.py").write_text(code)
+    environment = dict(os.environ, PYTHONPATH=str(common.HERE))
+    done = subprocess.run([sys.executable, tree.parent / "load.py"], capture_output=True, text=True, env=environment)
+    assert done.stdout == "True\nTrue\n", done.stderr
+
+
+def test_nothing_is_scored_on_the_test_images_by_mistake(small):
+    with pytest.raises((ValueError, RuntimeError)):
+        task = common.load_tasks("emoji", split=0.1)[0]
+        common.evaluate(small, None, task, torch.zeros(58, 32), images=task.train.subset([]))
+
+
+def test_the_class_table_of_the_benchmark_is_what_is_shipped():
+    classes = json.loads((common.HERE / "data" / "emoji" / "classes.json").read_text(encoding="utf-8"))
+    codes = [code for members in classes.values() for code, _ in members]
+    assert len(codes) == len(set(codes))
+    readme = (common.HERE / "data" / "README.md").read_text(encoding="utf-8")
+    for name, members in classes.items():
+        assert f"| {name} | {len(members)} |" in readme

@@ -198,3 +198,12 @@ def test_the_built_in_defaults_train_within_three_minutes_and_2_gb(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["average"][0] > 38                                            # 58 classes: chance is under 2
     assert time.time() - start < 180 and int(done.stdout.split("peak")[1]) < 2048
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="measured: 43.8 ± 0.7 against 44.7; the backbone needs a longer pretraining")
+def test_the_built_in_defaults_gain_a_point_over_zero_shot(tmp_path):
+    done = run_script("coop_mt.py", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["average"][0] > sum(result["zero_shot"].values()) / 4 + 1

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import transforms
 from tqdm import tqdm
 
 with warnings.catch_warnings():
@@ -37,7 +36,6 @@ with warnings.catch_warnings():
     import clip
 
 HERE = Path(__file__).resolve().parent
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
 
 
 class UserError(ValueError):
@@ -219,9 +217,12 @@ def logits(model, image_features, text_features):
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 _listings = _load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # images: reading, splitting, batching
-Images, Listing, hold_out = _listings.Images, _listings.Listing, _listings.hold_out
-read_image, read_tile, Prepared, collate = _listings.read_image, _listings.read_tile, _listings.Prepared, _listings.collate
-for _thing in (Images, read_image, read_tile, Prepared, collate):
+Images, Listing, hold_out, image_batches = _listings.Images, _listings.Listing, _listings.hold_out, _listings.image_batches
+epoch_batches, train_transform, read_image = _listings.epoch_batches, _listings.train_transform, _listings.read_image
+image_features, view_features = _listings.image_features, _listings.view_features
+read_tile, collate, Prepared, Steps = _listings.read_tile, _listings.collate, _listings.Prepared, _listings.Steps
+PIXEL_MEAN, PIXEL_STD = _listings.PIXEL_MEAN, _listings.PIXEL_STD
+for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
 
 
@@ -271,53 +272,17 @@ def find_listings(data, root="data"):
 
 # ------------------------------------------------------------------------------------------------- batches and scoring
 
-def train_transform(model, min_crop=0.08):
-    """The augmentation of the authors' programs: random resized crop (`min_crop` to 1 of the area, bicubic), horizontal flip."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(model.visual.input_resolution, (min_crop, 1), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(PIXEL_MEAN, PIXEL_STD)])
+def encode_batches(model, batches, prompts):
+    """Image features [b, D] of every task's batch, as a list; all images go through the encoder as one batch.
 
-
-@torch.no_grad()
-def image_features(model, images, transform, prompts=None, copies=1):
-    """Features [copies, len(images), D] (float32, not normalised) of all images under a transform, and labels [len(images)].
-
-    With the default `copies=1` the features are [len(images), D]. Files are read by worker processes where there are many.
+    batches: (images [b, 3, H, W], labels [b]) a task. prompts: [L, P, n, d], one set for all tasks (P = 1) or one a task.
     """
-    device, features, labels = model.logit_scale.device, [], []
-    prepared = Prepared(images, transform, copies, seed=int(torch.randint(2**31, ())))
-    workers = min(8, os.cpu_count() or 1) if images.read is read_image and len(images) > 400 else 0
-    for batch in torch.utils.data.DataLoader(prepared, max(1, 100 // copies), num_workers=workers, collate_fn=collate):
-        if isinstance(batch, str):
-            raise UserError(batch)
-        x, y = batch[0].to(device), batch[1].to(device)                         # [B, copies, 3, H, W], [B]
-        with autocast(model):
-            features.append(encode_image(model, x.flatten(0, 1), prompts).float().unflatten(0, x.shape[:2]))
-        labels.append(y)
-    features = torch.cat(features).transpose(0, 1)
-    return features[0] if copies == 1 else features, torch.cat(labels)
-
-
-def view_features(model, images, n_views, min_crop=0.08):
-    """Features [n_views, len(images), D] of random views (`train_transform`) under the frozen encoder, and the labels.
-
-    Draws from PyTorch's global generator: call `seed_everything` first.
-    """
-    features, labels = image_features(model, images, train_transform(model, min_crop), copies=n_views)
-    return features.reshape(n_views, len(images), -1), labels
-
-
-def epoch_batches(sizes, batch_size):
-    """Yield one list of index tensors a step, a tensor a task: every task in shuffled order, in batches of equal size.
-
-    An epoch is as many steps as the largest task needs to be seen once. Smaller tasks, and the last batch of each, go on
-    with a fresh shuffle. Draws from PyTorch's global generator.
-    """
-    batch_size = min(batch_size, max(sizes))
-    steps = math.ceil(max(sizes) / batch_size)
-    streams = [torch.cat([torch.randperm(n) for _ in range(math.ceil(steps * batch_size / n))]) for n in sizes]
-    for step in range(steps):
-        yield [stream[step * batch_size:(step + 1) * batch_size] for stream in streams]
+    sizes = [len(labels) for _, labels in batches]
+    if prompts.shape[1] == 1:
+        rows = prompts[:, 0]                                                    # [L, n, d], the same for every image
+    else:
+        rows = torch.cat([prompts[:, i:i + 1].expand(-1, size, -1, -1) for i, size in enumerate(sizes)], dim=1)     # [L, images, n, d]
+    return encode_image(model, torch.cat([images for images, _ in batches]), rows).split(sizes)
 
 
 class Texts:
@@ -353,11 +318,14 @@ def evaluate(model, preprocess, task, text_features, prompts=None, images=None, 
     with torch.no_grad():
         if features is None:
             features = image_features(model, task.test if images is None else images, preprocess, prompts)
-        x, labels = features
-        hits = (logits(model, x, text_features.float()).argmax(dim=-1) == labels).cpu().double()
-    if task.metric == "accuracy":
+        return per_cent_right(logits(model, features[0], text_features.float()), features[1], task.metric)
+
+
+def per_cent_right(scores, labels, metric="accuracy"):
+    """Per cent of rows of scores [B, C] whose largest is at labels [B]; "mean per class" weighs the classes equally."""
+    hits, labels = (scores.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
+    if metric == "accuracy":
         return 100 * hits.mean().item()
-    labels = labels.cpu()
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
 
 
@@ -453,7 +421,7 @@ def parse(parser, argv=None):
     return args
 
 
-def _said(key, value):
+def said(key, value):
     """A setting as words: "with --n-ctx 4", "without --shots"."""
     flag, words = f"--{key.replace('_', '-')}", " ".join(map(str, value)) if isinstance(value, list) else value
     return f"without {flag}" if value is None or value is False else f"with {flag}" if value is True else f"with {flag} {words}"
@@ -465,7 +433,7 @@ def _take_over(args, given, saved, owner, free):
         if key not in given:
             setattr(args, key, value)
         elif given[key] != value and key not in free:
-            raise UserError(f"{owner} was started {_said(key, value)}, not {_said(key, given[key])}: leave the word out, or start "
+            raise UserError(f"{owner} was started {said(key, value)}, not {said(key, given[key])}: leave the word out, or start "
                             "another run in another --out")
 
 
@@ -645,13 +613,13 @@ class Run:
         torch.save(content, buffer)
         write_whole(self.folder / name, buffer.getvalue())
 
-    def finish(self, tasks, model):
+    def finish(self, tasks, model, plot=None):
         """Write result.json, print the closing table, draw the plots."""
         result = gather(self.settings, tasks, model, self.state["finished"])
         self._write_log()
         write_whole(self.folder / "result.json", json.dumps(result, indent=1))
         if self.settings["plot"]:
-            plot_run(self.folder, result, self.state["rows"])
+            plot_run(self.folder, result, self.state["rows"], plot)
         print_table(result)
         print(f"\nresult, log and prompts are in {self.folder}")
 
@@ -669,17 +637,22 @@ def gather(settings, tasks, model, finished):
                 **{key: [d[key] for d in done] for key in done[0] if key not in shared})
 
 
-def run_seeds(args, build, train, score, n_text):
+def run_seeds(args, build, train, score, n_text, image_prompts=False, plot=None):
     """The frame of every method file: refuse early, then train, keep and score the prompts of each seed, and report.
 
     build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
     score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
-    vectors stand before the class name in the text.
+    vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT;
+    plot(folder, result): draws a method's own pictures.
     """
     if args.finished:
         print_table(args.finished)
         return print(f"\nthe run in {args.out} had finished")
     del args.finished
+    resnet = UserError(f"{args.method} puts prompts into the image encoder, and {args.clip} has a ResNet there: use a ViT, such as "
+                       "--clip ViT-B/16")
+    if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
+        raise resnet
     run = None if args.eval else Run(args)
     tasks = _checked_tasks(args, n_text)
     saved = load_prompts(args.eval, args.method)["prompts"] if args.eval else {}
@@ -687,6 +660,9 @@ def run_seeds(args, build, train, score, n_text):
         if seed not in saved:
             raise UserError(f"{args.eval} has prompts of the seeds {', '.join(map(str, saved))}, not of {seed}")
     model, preprocess = load_clip(args.clip, args.device)
+    if image_prompts and not hasattr(model.visual, "transformer"):
+        raise resnet
+    build(args, model, tasks[args.seeds[0]])                                    # refuses settings that do not fit
 
     def scored(seed, prompts, **extra):
         trainable = sum(p.numel() for p in prompts.parameters() if p.requires_grad)
@@ -709,7 +685,7 @@ def run_seeds(args, build, train, score, n_text):
             prompts = train(args, model, tasks[seed], run, seed)
             run.save_prompts(seed, prompts, tasks[seed])
             run.finish_seed(seed, scored(seed, prompts))
-    run.finish(tasks[args.seeds[0]], model)
+    run.finish(tasks[args.seeds[0]], model, plot)
 
 
 def _checked_tasks(args, n_text):
@@ -755,8 +731,8 @@ def print_table(result):
           f"seeds {' '.join(map(str, result['seeds']))}; trained in {statistics.mean(result['seconds']):.0f} s a seed")
 
 
-def plot_run(folder, result, rows):
-    """accuracy.png (zero-shot and method by task) and loss.png (training loss by epoch) in the run folder."""
+def plot_run(folder, result, rows, plot=None):
+    """accuracy.png (zero-shot and method by task), loss.png (training loss by epoch) and a picture of each matrix of tasks."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -774,6 +750,15 @@ def plot_run(folder, result, rows):
         axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
     axes.set_xlabel("epoch"), axes.set_ylabel("training loss, sum over tasks"), axes.legend()
     figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
+    for key in {"similarity", "affinity", "transfer"} & result.keys():
+        for seed, matrix in zip(result["seeds"], result[key]):
+            figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
+            figure.colorbar(axes.imshow(matrix))
+            axes.set_xticks(range(len(names)), names, rotation=90), axes.set_yticks(range(len(names)), names)
+            axes.set_title(f"{key}, seed {seed}")
+            figure.savefig(folder / f"{key}-{seed}.png", dpi=150, bbox_inches="tight")
+    if plot:
+        plot(folder, result)
     plt.close("all")
 
 

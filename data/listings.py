@@ -1,5 +1,6 @@
-"""Images of a task, before and after the split into training and test images. `common` passes these names on."""
+"""Images of a task: before the split into training and test images, after it, and in batches. `common` passes these names on."""
 import math
+import os
 import random
 import warnings
 from collections import Counter
@@ -9,8 +10,11 @@ from typing import Callable
 
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from common import UserError
+from common import UserError, autocast, encode_image
+
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
 
 
 def read_image(path):
@@ -112,6 +116,18 @@ def hold_out(images, seed, fraction=0.2):
     return images.subset([i for i in range(len(images)) if i not in held]), images.subset(sorted(held))
 
 
+def train_transform(model, min_crop=0.08):
+    """The augmentation of the authors' programs: random resized crop (`min_crop` to 1 of the area, bicubic), horizontal flip."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(model.visual.input_resolution, (min_crop, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(PIXEL_MEAN, PIXEL_STD)])
+
+
+def workers(lists):
+    """How many processes read images: none for few, or for the built-in benchmark, whose pictures are in memory."""
+    return min(8, os.cpu_count() or 1) if any(x.read is read_image for x in lists) and sum(map(len, lists)) > 400 else 0
+
+
 class Prepared(torch.utils.data.Dataset):
     """Images as tensors [copies, 3, H, W]; random transforms depend on the seed and the image's place, on no worker.
 
@@ -138,3 +154,89 @@ def collate(items):
     """Stack a batch, or pass on the line of its first error."""
     errors = [item for item in items if isinstance(item, UserError)]
     return str(errors[0]) if errors else (torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
+
+
+def epoch_batches(sizes, batch_size, steps=None):
+    """Yield one list of index tensors a step, a tensor a task: every task in shuffled order, in batches of equal size.
+
+    An epoch is `steps` long, or as long as the largest task needs to be seen once. Smaller tasks, and the last batch of
+    each, go on with a fresh shuffle. Draws from PyTorch's global generator.
+    """
+    batch_size = min(batch_size, max(sizes))
+    steps = steps or math.ceil(max(sizes) / batch_size)
+    streams = [torch.cat([torch.randperm(n) for _ in range(math.ceil(steps * batch_size / n))]) for n in sizes]
+    for step in range(steps):
+        yield [stream[step * batch_size:(step + 1) * batch_size] for stream in streams]
+
+
+class Steps(torch.utils.data.Dataset):
+    """The steps of an epoch: item k is a list of (images [b, 3, H, W], labels [b]), a pair a list of images.
+
+    `n_views` fixed views an image, of which a step shows one; 0: a fresh one every time. A view is what the random
+    `transform` makes under a seed of its own, so no worker process and no other image has a part in it.
+    """
+
+    def __init__(self, lists, batch_size, transform, n_views, seed):
+        self.lists, self.transform, self.seed = lists, transform, seed
+        self.plan = [[(picked.tolist(), torch.randint(n_views or 2**31, picked.shape).tolist()) for picked in batches]
+                     for batches in epoch_batches([len(images) for images in lists], batch_size)]
+
+    def __len__(self):
+        return len(self.plan)
+
+    def __getitem__(self, step):
+        try:
+            return [self._batch(task, *picks) for task, picks in enumerate(self.plan[step])]
+        except UserError as error:
+            return str(error)
+
+    def _batch(self, task, picked, views):
+        pairs = [self.lists[task][i] for i in picked]
+        with torch.random.fork_rng(devices=[]):
+            x = []
+            for i, view, (image, _) in zip(picked, views, pairs):
+                torch.manual_seed(random.Random(f"{self.seed}/{task}/{i}/{view}").getrandbits(63))
+                x.append(self.transform(image))
+        return torch.stack(x), torch.tensor([label for _, label in pairs])
+
+
+def image_batches(model, tasks, args, seed):
+    """Yield one list of (images [b, 3, H, W], labels [b]) a step, a pair a task: `epoch_batches` of augmented images.
+
+    args: batch_size, min_crop, and views: so many fixed views an image, or 0 for fresh ones. Draws from PyTorch's global
+    generator which images and which of their views come; how a view looks depends on `seed` alone.
+    """
+    lists = [task.train for task in tasks]
+    steps = Steps(lists, args.batch_size, train_transform(model, args.min_crop), args.views, seed)
+    for batches in torch.utils.data.DataLoader(steps, batch_size=None, num_workers=workers(lists)):
+        if isinstance(batches, str):
+            raise UserError(batches)
+        yield [(x.to(model.logit_scale.device), y.to(model.logit_scale.device)) for x, y in batches]
+
+
+@torch.no_grad()
+def image_features(model, images, transform, prompts=None, copies=1):
+    """Features [copies, len(images), D] (float32, not normalised) of all images under a transform, and labels [len(images)].
+
+    With the default `copies=1` the features are [len(images), D]. Files are read by worker processes where there are many.
+    """
+    device, features, labels = model.logit_scale.device, [], []
+    prepared = Prepared(images, transform, copies, seed=int(torch.randint(2**31, ())))
+    for batch in torch.utils.data.DataLoader(prepared, max(1, 100 // copies), num_workers=workers([images]), collate_fn=collate):
+        if isinstance(batch, str):
+            raise UserError(batch)
+        x, y = batch[0].to(device), batch[1].to(device)                         # [B, copies, 3, H, W], [B]
+        with autocast(model):
+            features.append(encode_image(model, x.flatten(0, 1), prompts).float().unflatten(0, x.shape[:2]))
+        labels.append(y)
+    features = torch.cat(features).transpose(0, 1)
+    return features[0] if copies == 1 else features, torch.cat(labels)
+
+
+def view_features(model, images, n_views, min_crop=0.08):
+    """Features [n_views, len(images), D] of random views (`train_transform`) under the frozen encoder, and the labels.
+
+    Draws from PyTorch's global generator: call `seed_everything` first.
+    """
+    features, labels = image_features(model, images, train_transform(model, min_crop), copies=n_views)
+    return features.reshape(n_views, len(images), -1), labels

@@ -14,6 +14,7 @@ anchor a concept, told apart from all other concepts' and not only from those in
 the end. Memory grows by about 0.1 GB a minute and starts afresh with every run.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from common import encode_image, encode_text  # noqa: E402
 CONCEPTS, VIEWS, EMOJI_SHARE = 96, 2, 0.65
 ANCHOR_SCALE = 20.0
 LR, WEIGHT_DECAY, WARMUP, EMA = 1e-3, 0.1, 0.05, 0.998
-SHORT_ONLY = 0.12                      # of the training: a start on long captions alone stays at chance for very long
+LONG_EVERY, SHORT_ONLY = 2, 0.12                      # of the training: a start on long captions alone stays at chance for very long
 LENGTHS = (20, 60)                     # two text lengths only: every new shape costs memory that is never given back
 TEMPLATES = ["{}", "a {}", "a drawing of a {}", "an icon of a {}", "a picture of a {}", "a photo of a {}", "an image of a {}",
              "a simple drawing of a {}", "a {} in a cartoon style", "a small picture that shows a {}", "the {}", "this is a {}",
@@ -49,6 +50,13 @@ def build(seed):
     model = CLIP(embed_dim=192, image_resolution=48, vision_layers=6, vision_width=192, vision_patch_size=8, context_length=77,
                  vocab_size=49408, transformer_width=128, transformer_heads=2, transformer_layers=6)
     return model.float()
+
+
+@functools.cache
+def clip_words():
+    """Every whole word of CLIP's vocabulary. Most are never named otherwise, so they stay as vague as a prompt's random vectors."""
+    import clip
+    return [w[:-4] for w in clip.clip._tokenizer.encoder if w.endswith("</w>") and w[:-4].isalpha() and len(w) > 6]
 
 
 def caption(concept, vocabulary, rng, long):
@@ -67,7 +75,7 @@ def caption(concept, vocabulary, rng, long):
     if rng.random() < 0.6:
         text = rng.choice(TEMPLATES).format(text)
     if long:                                                    # the name lands anywhere up to about position 50
-        source = rng.choice([FILLER, vocabulary, FILLER + 4 * concept["tags"]])
+        source = rng.choice([FILLER, vocabulary, clip_words(), FILLER + 4 * concept["tags"]])
         text = " ".join(rng.choices(source, k=rng.randint(0, 42)) + [text])
     if rng.random() < 0.15:
         text += " " + " ".join(rng.choices(FILLER, k=rng.randint(1, 4)))
@@ -227,7 +235,7 @@ def main():
             sets = rng.sample(sorted(members[c]), min(VIEWS, len(members[c])))
             sets += rng.choices(sets, k=VIEWS - len(sets))
             picked += [rng.choice(members[c][s]) for s in sets]
-        long = step % 3 == 0 and progress > SHORT_ONLY
+        long = step % LONG_EVERY == 0 and progress > SHORT_ONLY
         texts = [caption(data["concepts"][c], vocabulary, rng, long) for c in chosen]
         tokens = tokenize(texts, LENGTHS[long])
         names = [data["concepts"][c]["key"] for c in chosen]
@@ -243,7 +251,7 @@ def main():
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
         losses.append(contrast.item())
         now = time.time()
-        seconds, mark = seconds + now - mark, now
+        seconds, mark = seconds + min(now - mark, 5), now       # a pause, or compiling, is not training
         if now - since > 60 * args.score_minutes or seconds >= 60 * args.minutes:
             zero_shot, probe = held_out_score(average, data)
             rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30

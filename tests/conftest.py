@@ -1,4 +1,5 @@
 """Shared fixtures: the folder on the import path, small random CLIPs, image trees, and no network for any test."""
+import json
 import os
 import random
 import subprocess
@@ -67,8 +68,7 @@ def make_tree(root, layout, size=24):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             number += 1
-            noise = random.Random(number).randbytes(3 * size * size)
-            Image.frombytes("RGB", (size, size), noise).save(root / folder / f"{i:03d}.png")
+            noise(number, size).save(root / folder / f"{i:03d}.png")
     return root
 
 
@@ -84,6 +84,35 @@ def run_script(script, *words, cwd=ROOT, timeout=280, **kwargs):
         Path(folder, "sitecustomize.py").write_text(NO_NETWORK)                 # Python runs this in the process first
         return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True,
                               timeout=timeout, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder), **kwargs)
+
+
+def numbers(folder):
+    """result.json without the clock."""
+    result = json.loads((folder / "result.json").read_text())
+    result.pop("seconds")
+    return result
+
+
+class Log:
+    """Stands in for the run folder where a test calls `train` itself."""
+
+    def restore(self, seed, **parts):
+        return 0
+
+    def checkpoint(self, seed, epoch, row, **parts):
+        self.last = row
+
+
+def noise(number, size=32):
+    return Image.frombytes("RGB", (size, size), random.Random(number).randbytes(3 * size * size))
+
+
+def small_tasks(*names):
+    """Tasks of 3 classes, with 6 training and 6 test images: noise in a colour of the class."""
+    colour = lambda number: Image.new("RGB", (32, 32), ["red", "green", "blue"][number % 10 % 3])
+    read = lambda number: Image.blend(noise(number), colour(number), 0.6)
+    images = lambda first: common.Images(range(first, first + 6), [0, 1, 2, 0, 1, 2], read)
+    return [common.Task(name, ["cup", "hat", "red ball"], "a {}", images(10 * i), images(100 + 10 * i)) for i, name in enumerate(names)]
 
 
 def pytest_configure(config):

@@ -22,15 +22,15 @@ SILENT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, Resource
 
 @pytest.fixture
 def method(tmp_path, tmp_path_factory, monkeypatch, capsys):
-    """coop_mt.py as a command in `tmp_path`, without a process: words -> (exit code, stderr, stdout)."""
+    """A method file as a command in `tmp_path`, without a process: words -> (exit code, stderr, stdout)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["coop_mt.py", *map(str, words)])
+    def call(*words, script="coop_mt"):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         capsys.readouterr()
         with warnings.catch_warnings(record=True) as told, pytest.raises(SystemExit) as stop:
-            common.script(coop.main)
+            common.script(common.load_method(script).main)
             sys.exit(0)
         out, err = capsys.readouterr()
         return stop.value.code, "".join(f"{w.message}\n" for w in told if not issubclass(w.category, SILENT)) + err, out
@@ -39,19 +39,19 @@ def method(tmp_path, tmp_path_factory, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(method, tmp_path):
-    """Call coop_mt.py and see it refuse with one line that says all of `says`, and change nothing. Returns the line."""
-    def call(*words, says):
+    """Call a method file and see it refuse with one line that says all of `says`, and change nothing. Returns the line."""
+    def call(*words, says, script="coop_mt"):
         before = contents(tmp_path)
-        code, err, out = method(*words)
-        check_line(code, err, out, says)
+        code, err, out = method(*words, script=script)
+        check_line(code, err, out, says, script)
         assert contents(tmp_path) == before
         return err
     return call
 
 
-def check_line(code, err, out, says):
+def check_line(code, err, out, says, script="coop_mt"):
     assert code == 2 and not out
-    assert err.startswith("coop_mt.py: ") and err.endswith("\n") and err[:-1].isprintable() and "Traceback" not in err, err
+    assert err.startswith(f"{script}.py: ") and err.endswith("\n") and err[:-1].isprintable() and "Traceback" not in err, err
     assert [word for word in map(str, says) if word not in err] == [], err
 
 
@@ -480,3 +480,57 @@ def test_a_name_longer_than_a_file_s_may_be_is_refused(refused, tree, small_run,
     name = "x" * 300
     more = ["--data", "officehome"] if flag == "--root" else ["--data", tree] if flag != "--data" else []
     refused(*more, *small_run, flag, name, says=[name])
+
+
+# -------------------------------------------------------------------------------------------- the other methods' own words
+
+WITH_IMAGE_PROMPTS = ["vpt_mt", "maple_mt", "mmap"]
+
+
+@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
+def test_a_resnet_cannot_take_image_prompts_and_is_not_downloaded(refused, tree, script):
+    refused("--data", tree, "--shots", 2, "--clip", "RN50", says=["RN50", "ResNet", "--clip ViT-B/16"], script=script)
+
+
+@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
+def test_a_resnet_in_a_file_cannot_take_image_prompts(refused, tree, tmp_path_factory, script):
+    shape = dict(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None, image_resolution=64, embed_dim=64)
+    path = tmp_path_factory.mktemp("resnet") / "resnet.pt"
+    torch.save(random_clip(**shape).state_dict(), path)
+    refused("--data", tree, "--shots", 2, "--clip", path, says=[path, "ResNet"], script=script)
+
+
+@pytest.mark.parametrize("script, words, most", [("maple_mt", [74], "74 context vectors"), ("mmap", [40], "80 context vectors")])
+def test_prompts_that_do_not_fit_the_text_are_counted_together(refused, tree, script, words, most):
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--n-ctx", *words, says=[most, "77 text positions"], script=script)
+
+
+@pytest.mark.parametrize("groups, says", [(3, "the 2 tasks"), (0, "too small"), (-1, "too small"), ("many", "invalid int")])
+def test_groups_that_cannot_be(refused, tree, groups, says):
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--groups", groups, says=[f"{groups}", says], script="mmap")
+
+
+def test_an_ablation_of_everything_leaves_nothing(refused, tree):
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--no-specific", "--grouping", "none", says=["leaves no prompts"], script="mmap")
+    refused("--data", tree, "--shots", 2, "--grouping", "colour", says=["colour"], script="mmap")
+
+
+@pytest.mark.parametrize("depth", [0, 7, -1])
+def test_a_depth_that_the_backbone_does_not_have(refused, tree, depth):
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--depth", depth, says=[f"--depth {depth}", "6 layers"], script="maple_mt")
+
+
+@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
+def test_prompts_of_another_method_are_sent_to_their_own_script(refused, finished, script):
+    refused("--eval", finished / "prompts.pt", says=["prompts of coop_mt", "use coop_mt.py --eval"], script=script)
+
+
+@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
+def test_prompts_of_another_backbone_are_refused(method, refused, tree, backbone, tmp_path, script):
+    code, err, _ = method("--data", tree, "--shots", 2, "--clip", backbone, "--epochs", 1, "--n-ctx", 2, "--out", tmp_path / "run", script=script)
+    assert code == 0, err
+    refused("--eval", tmp_path / "run" / "prompts.pt", "--clip", "tiny", says=["started with --clip", "not with --clip tiny"], script=script)
+    saved = torch.load(tmp_path / "run" / "prompts.pt", weights_only=True)
+    saved["settings"]["clip"] = "tiny"
+    torch.save(saved, tmp_path / "run" / "prompts.pt")
+    refused("--eval", tmp_path / "run" / "prompts.pt", says=["prompts.pt", "do not fit"], script=script)

@@ -42,7 +42,7 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that names the culprit and the remedy. Scripts exit with code 2."""
 
 
-def _load_file(path, alias):
+def load_file(path, alias):
     """A module by path and under a name that shadows nothing; the same one whenever it is asked for again."""
     if alias in sys.modules:
         return sys.modules[alias]
@@ -60,7 +60,7 @@ def load_method(name):
     path = HERE / f"{name}.py"
     if not path.is_file():
         raise UserError(f"there is no method file {path}")
-    return _load_file(path, f"method_{name}")
+    return load_file(path, f"method_{name}")
 
 
 def seed_everything(seed, epoch=0):
@@ -216,7 +216,7 @@ def logits(model, image_features, text_features):
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
-_listings = _load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # images: reading, splitting, batching
+_listings = load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # images: reading, splitting, batching
 Images, Listing, hold_out, image_batches = _listings.Images, _listings.Listing, _listings.hold_out, _listings.image_batches
 epoch_batches, train_transform, read_image = _listings.epoch_batches, _listings.train_transform, _listings.read_image
 image_features, view_features = _listings.image_features, _listings.view_features
@@ -241,7 +241,7 @@ class Task:
 def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     """The tasks of a benchmark, as a list of Task.
 
-    data: "emoji", "officehome" or "pacs" under `root`, the path of a `domain/class/images` tree, `name=path` for a
+    data: "emoji", "officehome", "pacs" or "cifar100" under `root`, the path of a `domain/class/images` tree, `name=path` for a
     `class/images` tree that makes one task, or several of these joined by commas.
     split: the fraction of each class of each task to train on, max(1, round(split * n)) images; or shots: that many a
     class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
@@ -263,10 +263,12 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     return [Task(x.name, x.class_names, x.template, train, test, val, x.metric) for x, (train, test, val) in zip(listings, parts)]
 
 
-def find_listings(data, root="data"):
+def find_listings(data, root="data", download=False):
     """All images of every task in `data`, before they are split; UserError where a name or a folder is not right."""
-    domains = _load_file(HERE / "data" / "domains.py", "multitask_prompt_domains")
+    domains = load_file(HERE / "data" / "domains.py", "multitask_prompt_domains")
     names = [str(data)] if Path(data).is_dir() else [name.strip() for name in str(data).split(",")]
+    for name in names if download else []:
+        domains.download(name, Path(root))
     return [listing for name in names for listing in domains.find(name, Path(root))]
 
 
@@ -335,6 +337,55 @@ def zero_shot(model, tasks):
     return Texts(tasks, templates=True).encode(model)
 
 
+# ----------------------------------------------------------------------------------- gradients of tasks that disagree
+# Each takes the tasks' gradients [N, P] and returns the direction [P] to descend along.
+
+def pcgrad(grads):
+    """PCGrad (Yu et al., NeurIPS 2020): the sum of the gradients, each projected off those that it conflicts with.
+
+    "Conflicts": has a negative dot product with; the others come in random order, from PyTorch's global generator.
+    """
+    projected = grads.clone()
+    for i in range(len(grads)):
+        for j in torch.randperm(len(grads)).tolist():
+            dot = projected[i] @ grads[j]
+            if i != j and dot < 0:
+                projected[i] -= dot / (grads[j] @ grads[j]) * grads[j]
+    return projected.sum(0)
+
+
+def imtl(grads):
+    """IMTL-G (Liu et al., ICLR 2021): sum_i a_i g_i, with sum_i a_i = 1, that has equal projections onto all gradients.
+
+    With u_i = g_i / |g_i|, D = [g_1 - g_i] and U = [u_1 - u_i], i = 2..N: a_2..N = g_1 U^T (D U^T)^-1. Where the gradients are
+    too much alike to solve that (a singular D U^T), the least squares solution serves.
+    """
+    units = grads / grads.norm(dim=1, keepdim=True).clamp(min=torch.finfo(grads.dtype).tiny)
+    D, U = grads[:1] - grads[1:], units[:1] - units[1:]
+    a = torch.linalg.pinv((D @ U.t()).double()).to(grads.dtype).t() @ (U @ grads[0])
+    return (1 - a.sum()) * grads[0] + a @ grads[1:]
+
+
+def cagrad(grads, c=0.5, steps=100):
+    """CAGrad (Liu et al., NeurIPS 2021): the d within c |g_0| of the mean gradient g_0 whose worst dot product with a task's
+    gradient is largest.
+
+    Its dual: w on the simplex minimises g_w . g_0 + c |g_0| |g_w|, where g_w = sum_i w_i g_i; then d = g_0 + c |g_0| g_w / |g_w|.
+    c = 0.5 as in most of its experiments. The dual is solved by exponentiated gradient descent on the Gram matrix.
+    """
+    gram = (grads @ grads.t()).double()
+    scale = gram.diagonal().mean().clamp(min=1e-300)
+    gram, w = gram / scale, gram.new_full((len(grads),), 1 / len(grads))
+    to_mean, radius = gram.mean(1), c * gram.mean().clamp(min=0).sqrt()         # g_i . g_0 and c |g_0|
+    length = lambda w: (w @ gram @ w).clamp(min=1e-20).sqrt()
+    value, rate = lambda w: w @ to_mean + radius * length(w), 1.0
+    for _ in range(steps):
+        slope = to_mean + radius * gram @ w / length(w)
+        tried = torch.softmax(w.clamp(min=1e-30).log() - rate * slope, dim=0)
+        w, rate = (tried, 1.5 * rate) if value(tried) < value(w) else (w, rate / 2)
+    return grads.mean(0) + (radius / length(w)).to(grads.dtype) * (w.to(grads.dtype) @ grads)
+
+
 # ---------------------------------------------------------------------------------------------- command line and runs
 
 class _Parser(argparse.ArgumentParser):
@@ -350,13 +401,14 @@ def arguments(method, doc, paper, tiny):
     says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="NAME|DIR", help="emoji, officehome, pacs, a folder domain/class/*.jpg, or name=path for a folder "
+    add("--data", metavar="NAME|DIR", help="emoji, officehome, pacs, cifar100, a folder domain/class/*.jpg, or name=path for a folder "
         "class/*.jpg that makes one task; several joined by commas (default emoji)")
     add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
     add("--shots", type=int, help="images of each class to train on, instead of --split")
     add("--seeds", type=int, nargs="+", help="one training a seed, reported as mean ± std (default 1)")
     add("--clip", metavar="NAME|FILE", help=f"backbone (default {paper['clip']}; tiny for emoji)")
     add("--root", metavar="DIR", help="where the datasets are (default data)")
+    add("--download", action="store_true", help="first fetch --data into --root, where torchvision can (cifar100)")
     add("--device", help="cpu, cuda, cuda:1, ... (default CUDA where there is one)")
     add("--epochs", type=int, help=says("epochs"))
     add("--lr", type=float, help="learning rate " + says("lr"))
@@ -400,7 +452,7 @@ def parse(parser, argv=None):
     for key, value in {**paper, **(tiny if args.clip == "tiny" else {})}.items():
         fill(key, value)
     if args.split is None and args.shots is None:
-        if args.data != "emoji":
+        if args.data != "emoji" and not args.download:
             find_listings(args.data, args.root or "data")                       # tells of a misspelt name first
             raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, such as --shots 4")
         args.split = 0.1
@@ -515,7 +567,7 @@ class Run:
     scores of finished seeds included.
     """
     latest = None
-    FREE = {"out", "plot", "device", "root"}             # settings that a resumed run may change
+    FREE = {"out", "plot", "device", "root", "download"}             # settings that a resumed run may change
 
     def __init__(self, args):
         self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}
@@ -573,7 +625,7 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(current["parts"][name])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now ({_brief(error)}): start the run "
                             "again in another --out") from error
         self.seconds = current["seconds"]
@@ -581,6 +633,8 @@ class Run:
 
     def checkpoint(self, seed, epoch, row, **parts):
         """Save `parts` after `epoch` epochs, and a row for log.csv."""
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the training diverged in epoch {epoch} (loss {row['loss']}): use a smaller --lr in another --out")
         now = time.time()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.state["rows"].append(dict(seed=seed, epoch=epoch, **row))
@@ -624,12 +678,14 @@ class Run:
         print(f"\nresult, log and prompts are in {self.folder}")
 
 
+SETTINGS = "method variant data split shots clip epochs lr batch_size n_ctx".split()     # a paper's number is shown where these agree
+
+
 def gather(settings, tasks, model, finished):
     """What result.json holds, from the scores of every seed. A key that a method adds becomes a list, an entry a seed."""
     names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
     shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
-    return dict({key: settings.get(key) for key in ("method", "variant", "data", "split", "shots", "clip", "seeds", "epochs", "lr", "batch_size",
-                                                         "validate")}, tasks=names,
+    return dict({key: settings.get(key) for key in (*SETTINGS, "seeds", "validate")}, tasks=names,
                 zero_shot={n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)},
                 accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
                 average=[statistics.mean(d["accuracy"]) for d in done], trainable_parameters=done[0]["trainable_parameters"],
@@ -637,13 +693,13 @@ def gather(settings, tasks, model, finished):
                 **{key: [d[key] for d in done] for key in done[0] if key not in shared})
 
 
-def run_seeds(args, build, train, score, n_text, image_prompts=False, plot=None):
+def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None, plot=None):
     """The frame of every method file: refuse early, then train, keep and score the prompts of each seed, and report.
 
     build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
     score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
     vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT;
-    plot(folder, result): draws a method's own pictures.
+    check(args, tasks): refuses what a method cannot do; plot(folder, result): draws its own pictures.
     """
     if args.finished:
         print_table(args.finished)
@@ -654,7 +710,11 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, plot=None)
     if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
         raise resnet
     run = None if args.eval else Run(args)
+    if args.download:
+        find_listings(args.data, args.root, download=True)
     tasks = _checked_tasks(args, n_text)
+    if check:
+        check(args, tasks[args.seeds[0]])
     saved = load_prompts(args.eval, args.method)["prompts"] if args.eval else {}
     for seed in args.seeds if args.eval else []:
         if seed not in saved:
@@ -674,7 +734,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, plot=None)
             prompts = build(args, model, tasks[seed])
             try:
                 prompts.load_state_dict(saved[seed])
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
                 raise UserError(f"the prompts in {args.eval} do not fit {args.data} ({_brief(error)}): give the --data they were "
                                 "trained on") from error
             finished[seed] = scored(seed, prompts, seconds=0.0)
@@ -692,7 +752,10 @@ def _checked_tasks(args, n_text):
     """The tasks of every seed, with all refused that a training would stumble over later."""
     tasks = {seed: load_tasks(args.data, args.split, args.shots, seed, args.root) for seed in args.seeds}
     for task in tasks[args.seeds[0]]:
-        tokenize(task.class_names, n_text)                                      # longer than 77 positions
+        try:
+            tokenize(task.class_names, n_text)                                  # longer than 77 positions
+        except UserError as error:
+            raise error if n_text <= args.n_ctx else UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
         tokenize(task.class_names, template=task.template)
     for seed, task in [(seed, task) for seed in args.seeds for task in tasks[seed]]:
         if args.validate:
@@ -713,7 +776,7 @@ def mean_std(values):
 def print_table(result):
     """The closing table: a row a task and the average; zero-shot CLIP, the method, the paper's number where there is one."""
     papers = json.loads((HERE / "data" / "paper_results.json").read_text(encoding="utf-8"))["columns"]
-    same = lambda paper: all(paper.get(key) == result.get(key) for key in ("method", "variant", "data", "split", "shots", "clip", "epochs", "lr"))
+    same = lambda paper: all(paper.get(key) == result.get(key) for key in SETTINGS)
     paper = next((p for p in papers if same(p) and not result["validate"]), None)
     rows = [[name, f"{result['zero_shot'][name]:.1f}", mean_std(result["accuracy"][name])] for name in result["tasks"]]
     rows.append(["average", f"{statistics.mean(result['zero_shot'].values()):.1f}", mean_std(result["average"])])

@@ -13,14 +13,17 @@ side is trained, so every image goes through its encoder once.
     python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --single-task # ... its single-task column CoOp
     python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --clip RN50 --epochs 100 --lr 0.001 --batch-size 5
                                                                                 # HiPro, Table 1, column CoOp-MTL
-    python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015     # JSCPT's setting
+    python coop_mt.py ... --surgery pcgrad                                      # ... its columns PCGrad and (imtl) IMTL
+    python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015     # JSCPT's, but for its fixed rate
 
 Choices the papers leave open
-- b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. SGD with momentum 0.9 and weight decay 5e-4, and a cosine that
-  steps once an epoch: the defaults of Dassl, which the authors' programs run on.
+- b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. SGD with momentum 0.9 and weight decay 5e-4
+  (Dassl's defaults, on which the authors' programs run), and a cosine that steps once an epoch, without CoOp's warm-up epoch.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks cycle.
 - The image features of `--views` random views an image are computed once and reused (0: fresh views every epoch).
 - `tiny` was never trained on small crops of a drawing, so its views show at least 0.6 of the area.
+- `--surgery imtl` is IMTL-G alone: with one shared prompt and no task-specific layers, the loss balance is off. IMTL-G and CAGrad
+  return averages of the gradients, times N here, so that all surgeries equal the sum where the tasks agree.
 - `--single-task` trains all tasks' contexts in one pass: the summed loss has no term with two contexts in it, so each
   context gets its own task's gradient and nothing else. Momentum and weight decay act on each number by itself.
 """
@@ -37,9 +40,12 @@ PAPER = dict(                       # MmAP, Sec. 4.1, "Implementation Details"
     batch_size=16,                  # "a batch size of 16/4"
     n_ctx=16,                       # HiPro, "Training Details": "Prompt with 16 tokens"
     views=8,                        # ours
-    min_crop=0.08)                  # Dassl's random resized crop
+    min_crop=0.08,                  # Dassl's random resized crop
+    surgery="none")                 # HiPro's baselines on CoOp-MT: pcgrad, imtl
 TINY = dict(epochs=30, lr=0.002, min_crop=0.6)      # the built-in backbone's, chosen on validation images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
+SURGERY = dict(none=None, pcgrad=common.pcgrad, imtl=lambda grads: len(grads) * common.imtl(grads),
+               cagrad=lambda grads: len(grads) * common.cagrad(grads))     # the last two average: made as long as a sum
 
 
 class Context(nn.Module):
@@ -65,18 +71,18 @@ def texts_of(args, tasks):
     return common.Texts(tasks, args.n_ctx, owners=list(range(len(tasks))) if args.single_task else None)
 
 
-def loss_of(model, texts, prompts, views, batches):
-    """The sum over tasks of the mean cross-entropy of a batch, MmAP's Eq. (5) and (11).
+def losses_of(model, texts, prompts, views, batches):
+    """Every task's mean cross-entropy of a batch, [N], MmAP's Eq. (5); their sum is the loss, Eq. (11).
 
     views: (features [V, n, D], labels [n]) a task; batches: indices of images [b] a task. Each image shows a random view.
     """
     with common.autocast(model):
         text_features = texts.encode(model, prompts.text_prompts())             # [C, D] a task, one pass for all
-    loss = 0
+    losses = []
     for (features, labels), picked, text in zip(views, batches, text_features):
         x = features[torch.randint(len(features), picked.shape), picked]        # [b, D]
-        loss = loss + F.cross_entropy(common.logits(model, x, text.float()), labels[picked])
-    return loss
+        losses.append(F.cross_entropy(common.logits(model, x, text.float()), labels[picked]))
+    return torch.stack(losses)
 
 
 def train(args, model, tasks, run, seed):
@@ -93,11 +99,15 @@ def train(args, model, tasks, run, seed):
         common.seed_everything(seed, 2 * epoch + 1)
         losses = []
         for batches in common.epoch_batches([len(task.train) for task in tasks], args.batch_size):
-            loss = loss_of(model, texts, prompts, views, batches)
+            of_task = losses_of(model, texts, prompts, views, batches)
             optimizer.zero_grad()
-            loss.backward()
+            if args.surgery == "none":
+                of_task.sum().backward()
+            else:
+                grads = torch.stack([torch.autograd.grad(x, prompts.vectors, retain_graph=True)[0].flatten() for x in of_task])
+                prompts.vectors.grad = SURGERY[args.surgery](grads).view_as(prompts.vectors)
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(of_task.sum().item())
         schedule.step()
         row = dict(loss=sum(losses) / len(losses))
         run.checkpoint(seed, epoch + 1, row, prompts=prompts, optimizer=optimizer, schedule=schedule)
@@ -119,8 +129,11 @@ def score(args, model, preprocess, tasks, prompts):
 def main(argv=None):
     parser = common.arguments("coop_mt", __doc__, PAPER, TINY)
     parser.add_argument("--single-task", action="store_true", help="a context for each task alone (the papers' CoOp column)")
+    parser.add_argument("--surgery", choices=list(SURGERY), help="what is done where the tasks' gradients disagree (default none: their sum)")
     args = common.parse(parser, argv)
-    args.variant = "single-task" if args.single_task else None
+    if args.single_task and args.surgery != "none":
+        raise common.UserError("--surgery works on a prompt that tasks share, and --single-task leaves none: leave one of them out")
+    args.variant = "single-task" if args.single_task else None if args.surgery == "none" else f"with --surgery {args.surgery}"
     common.run_seeds(args, build, train, score, n_text=args.n_ctx)
 
 

@@ -22,7 +22,7 @@ Choices the paper leaves open
 - Random groups are a tree of random affinities, so that only the affinity differs.
 - TAG's affinity of i on j is 1 - L_j(after a step on i alone) / L_j (Fifty et al., NeurIPS 2021), made symmetric by the mean
   of both directions; taken at the same steps and prompts, with the current learning rate.
-- SGD with momentum 0.9 and weight decay 5e-4, and a cosine that steps once an epoch: the defaults of Dassl.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), and a cosine that steps once an epoch, without warm-up.
 - The image features of `--views` random views an image are computed once for both trainings (0: fresh views every epoch).
 """
 import math

@@ -11,17 +11,20 @@ that the gradient of either side moves both. All else is frozen, and the loss is
     python maple_mt.py --data officehome --split 0.1 --seeds 1 2 3              # MmAP, Table 1, column MaPLe-MT
     python maple_mt.py --data officehome --split 0.1 --seeds 1 2 3 --single-task        # ... its single-task column MaPLe
     python maple_mt.py --data officehome --split 0.1 --depth 9 --n-ctx 2        # MaPLe's own depth and length
-    python maple_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015    # JSCPT's setting
+    python maple_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015    # JSCPT's, but for its fixed rate
 
 Choices the papers leave open
 - b = 16 in all 12 layers: 4,826,112 numbers, the 4.8 M of MmAP's and JSCPT's tables. MaPLe's own 9 layers of 2 are flags.
-- Text prompts start at N(0, 0.02), the maps as PyTorch's linear layers do. With b up to 4 the first layer's start at the
+- Text prompts start at N(0, 0.02), the maps as PyTorch's linear layers do, each drawn by itself (the authors'
+  deeper maps start as copies of one). With b up to 4 the first layer's start at the
   words "a photo of a", cut to b, as in the authors' program.
 - The first layer's image prompts pass through `ln_pre`, as in the authors' program; deeper ones enter as they are.
-- SGD with momentum 0.9 and weight decay 5e-4, and a cosine that steps once an epoch: the defaults of Dassl.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps
+  once an epoch, without the warm-up epoch that MaPLe's and CoOp's configurations have.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks cycle. Views of an image
   are fresh every epoch (`--views 8` would fix eight).
-- `--single-task` trains all tasks' prompts in one pass: no term of the summed loss has two tasks' prompts in it.
+- `--single-task` trains all tasks' prompts in one pass: no term of the summed loss has two tasks' prompts in it. A
+  smaller task still cycles to the end of the epoch.
 """
 import torch
 import torch.nn.functional as F
@@ -82,7 +85,7 @@ class Prompts(nn.Module):
 def build(args, model, tasks):
     """The untrained prompts, one set or one a task, for the first `--depth` layers of both encoders."""
     layers = min(len(model.transformer.resblocks), len(model.visual.transformer.resblocks))
-    if args.depth is not None and not 1 <= args.depth <= layers:
+    if args.depth is not None and args.depth > layers:
         raise common.UserError(f"--depth {args.depth} does not fit the {layers} layers of {args.clip}: give 1 to {layers}")
     d_text, d_image = model.ln_final.weight.shape[0], model.visual.class_embedding.shape[0]
     words = None
@@ -148,7 +151,9 @@ def main(argv=None):
     parser.add_argument("--depth", type=int, help="layers with prompts (default all)")
     parser.add_argument("--single-task", action="store_true", help="prompts for each task alone (the papers' MaPLe column)")
     args = common.parse(parser, argv)
-    args.variant = "single-task" if args.single_task else None
+    if args.depth is not None and args.depth < 1:
+        raise common.UserError(f"--depth {args.depth} is too small: give 1 or more layers")
+    args.variant = ", ".join(["single-task"] * args.single_task + [f"with --depth {args.depth}"] * (args.depth is not None)) or None
     common.run_seeds(args, build, train, score, n_text=args.n_ctx, image_prompts=True)
 
 

@@ -22,14 +22,17 @@ Choices the paper leaves open
 - P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of one source.
 - The global MmAP is trained for half of the epochs (rounded up) before the main training, with the same settings; Eq. (8) is
   taken at every step and averaged.
+- Sec. 3.3 speaks of cosine similarity and prints a dot product, Eq. (8); this follows the equation.
 - "Groups that maximize the total inter-task similarity": at most `--groups` (2) of them, a task's similarity to its group
   being the mean over the others in it, and 0 for a task alone. With sums, one group of all wins whenever nothing conflicts;
   TAG, which the paper follows, averages.
 - Where the two encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
 - Random groups are as even as can be. `--prompt` replaces every MmAP: `joint` trains text and image prompts without a link,
-  `mlp` makes them of a [b, 256] source by a linear map a modality and layer (3.96 M at b = 4, as the paper says).
-- SGD with momentum 0.9 and weight decay 5e-4, and a cosine that steps once an epoch: the defaults of Dassl. A step takes a
-  batch of every task; an epoch is as long as the largest task needs. Views of an image are fresh every epoch.
+  `mlp` makes them of a [b, 256] source by a linear map a modality and layer (3.96 M at b = 4, the paper's number, is one such
+  set; the command trains one a task and one a group).
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps
+  once an epoch, without the warm-up epoch that MaPLe's and CoOp's configurations have.
+- A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
 """
 import importlib.machinery
 import importlib.util
@@ -63,11 +66,11 @@ PAPER = dict(                       # Sec. 4.1, "Implementation Details"
     n_ctx=16,                       # ours
     views=0,                        # fresh views every epoch
     min_crop=0.08,                  # Dassl's random resized crop
+    groups=2,                       # ours: at most so many
     grouping="gradient",            # Sec. 3.3; the other values are Table 3's
     prompt="mmap")                  # Sec. 3.2; the other values are Figure 5's
 TINY = dict(epochs=20, lr=0.02, min_crop=0.6)       # the built-in backbone's, chosen on validation images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
-GROUPS = 2                          # ours
 
 
 # ------------------------------------------------------------------------------------------------- prompts (Sec. 3.2)
@@ -221,7 +224,7 @@ def group_tasks(similarity, n_groups):
         while len(groups) > 1:
             gain = lambda a, b: benefit(similarity, a + b) - benefit(similarity, a) - benefit(similarity, b)
             best, i, j = max((gain(groups[i], groups[j]), i, j) for i in range(len(groups)) for j in range(i))
-            if len(groups) <= n_groups and best <= 0:
+            if len(groups) <= n_groups and best < 0:
                 break
             groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [groups[i] + groups[j]]
     return sorted(sorted(group) for group in groups)
@@ -276,10 +279,12 @@ def maker(args, model):
 
 def build(args, model, tasks):
     """The untrained prompts of the tasks; those of the groups come with `set_groups` or with a saved state."""
-    if args.groups and args.groups > len(tasks):
-        raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of --data {args.data}: give "
-                               f"{len(tasks)} or fewer")
     return Prompts(maker(args, model), len(tasks), specific=not args.no_specific).to(model.logit_scale.device)
+
+
+def check(args, tasks):
+    if args.groups > len(tasks) > 1:
+        raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of --data {args.data}: give fewer")
 
 
 def optimizer_of(args, prompts, epochs):
@@ -307,11 +312,15 @@ def losses_of(model, texts, text_prompts, image_prompts, batches):
 
 def choose_groups(args, tasks, similarity, seed):
     """The groups of tasks, as `--grouping` says."""
-    n_groups, order = min(args.groups or GROUPS, len(tasks)), list(range(len(tasks)))
+    n_groups, order = min(args.groups, len(tasks)), list(range(len(tasks)))
+    if args.grouping == "none":
+        return []
+    if args.grouping == "all":
+        return [order]
     if args.grouping == "random":
         random.Random(f"{seed}/groups").shuffle(order)
         return sorted(sorted(order[i::n_groups]) for i in range(n_groups))
-    return dict(none=lambda: [], all=lambda: [order], gradient=lambda: group_tasks(similarity, n_groups))[args.grouping]()
+    return group_tasks(similarity, n_groups)
 
 
 def train(args, model, tasks, run, seed):
@@ -373,19 +382,19 @@ def score(args, model, preprocess, tasks, prompts):
 
 def main(argv=None):
     parser = common.arguments("mmap", __doc__, PAPER, TINY)
-    parser.add_argument("--groups", type=int, help=f"at most so many groups of tasks (default {GROUPS})")
+    parser.add_argument("--groups", type=int, help="at most so many groups of tasks (default 2)")
     parser.add_argument("--grouping", choices=["gradient", "random", "all", "none"],
                         help="how tasks are grouped (default gradient); none: task-specific prompts only")
     parser.add_argument("--no-specific", action="store_true", help="no task-specific prompts, only the groups'")
     parser.add_argument("--prompt", choices=list(PROMPTS), help="what makes the prompts (default mmap)")
     args = common.parse(parser, argv)
-    if args.groups is not None and args.groups < 1:
+    if args.groups < 1:
         raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
     if args.no_specific and args.grouping == "none":
         raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of them out")
-    usual = dict(groups=None, grouping="gradient", no_specific=False, prompt="mmap")
+    usual = dict(groups=2, grouping="gradient", no_specific=False, prompt="mmap")
     args.variant = ", ".join(common.said(key, getattr(args, key)) for key in usual if getattr(args, key) != usual[key]) or None
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=True)
+    common.run_seeds(args, build, train, score, n_text(args), image_prompts=True, check=check)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,25 @@ Jia, Tang, Chen, Cardie, Belongie, Hariharan and Lim, "Visual Prompt Tuning", EC
 the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "train a task-shared prompt with samples from all tasks").
 
 The idea: b learned tokens join the image's patches behind the class token, and every layer gets b new ones in place of the
-last layer's. The rest of CLIP stays frozen, the text features come from the fixed words "a photo of a [class].", and the
-loss is the sum over tasks of the cross-entropy of CLIP's image-text similarities. The prompts change what the image encoder
+last layer's. The rest of CLIP stays frozen, the text features come from the fixed words of the task's template ("a photo of
+a [class]."), and the loss is the sum over tasks of the cross-entropy of CLIP's image-text similarities. The prompts change what the image encoder
 sees, so every step runs it forwards and backwards; the texts are encoded once.
 
     python vpt_mt.py                                                            # built-in benchmark and backbone
     python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3                # MmAP, Table 1, column VPT-MT
     python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3 --single-task  # ... its single-task column VPT
-    python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015      # JSCPT's setting
+    python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015      # JSCPT's, but for its fixed rate
 
 Choices the papers leave open
 - b = 16 vectors in each of the layers: 147,456 numbers at ViT-B/16. MmAP's table prints 0.17 M and does not say how.
 - N(0, 0.02) to start from, as for text prompts. Layer 0's prompts enter behind `ln_pre` and have no positional embedding.
-- No head is trained, other than in the VPT paper: CLIP's text features are the classifier.
-- SGD with momentum 0.9 and weight decay 5e-4, and a cosine that steps once an epoch: the defaults of Dassl.
+- No head is trained, unlike in the VPT paper: CLIP's text features are the classifier.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps
+  once an epoch, without the warm-up epoch that MaPLe's and CoOp's configurations have.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks cycle. Views of an image
   are fresh every epoch (`--views 8` would fix eight).
-- `--single-task` trains all tasks' prompts in one pass: no term of the summed loss has two tasks' prompts in it.
+- `--single-task` trains all tasks' prompts in one pass: no term of the summed loss has two tasks' prompts in it. A
+  smaller task still cycles to the end of the epoch.
 """
 import torch
 import torch.nn.functional as F

@@ -7,7 +7,10 @@ import difflib
 import json
 from pathlib import Path
 
+import common
 from common import Listing, UserError, read_tile
+
+groups = common.load_file(Path(__file__).with_name("groups.py"), "multitask_prompt_groups")
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -53,7 +56,15 @@ def pacs(root):
     return named_domains(root, "PACS", ["pacs/images", "PACS/images", "pacs", "PACS"], ["Art Painting", "Cartoon", "Photo", "Sketch"])
 
 
-BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs}
+BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100}
+DOWNLOADS = {"cifar100": groups.download_cifar100}
+
+
+def download(name, root):
+    """Fetch a benchmark that torchvision can fetch."""
+    if name not in DOWNLOADS:
+        raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the README says where to get the others")
+    DOWNLOADS[name](root)
 
 
 def spoken(name):

@@ -34,8 +34,8 @@ def test_what_ships_stays_under_30_mb_and_names_its_licences():
 
 
 def test_no_test_style_nor_another_edition_of_one_was_pretrained_on():
-    collect = common._load_file(DATA / "collect_drawings.py", "collect_drawings")
-    make = common._load_file(DATA / "make_emoji.py", "make_emoji")
+    collect = common.load_file(DATA / "collect_drawings.py", "collect_drawings")
+    make = common.load_file(DATA / "make_emoji.py", "make_emoji")
     learned = set(collect.EMOJI_SETS + collect.ICON_SETS)
     assert not learned & set(make.STYLES.values()) and collect.HELD_OUT not in learned
     assert not [name for name in learned if re.match("noto|twemoji|fluent", name)]
@@ -98,7 +98,7 @@ def test_two_minutes_of_pretraining_lower_the_loss_and_write_a_clip(tmp_path):
     """On the benchmark's own drawings, which is no way to make a backbone and a fair way to see the script work."""
     classes = json.loads((DATA / "emoji" / "classes.json").read_text(encoding="utf-8"))
     concepts = [dict(key=code, label=label, tags=[name], group=name) for name, members in classes.items() for code, label in members]
-    tasks = common._load_file(DATA / "domains.py", "domains").emoji(None)
+    tasks = common.load_file(DATA / "domains.py", "domains").emoji(None)
     images, concept, sets = [], [], []
     for style in tasks:
         for number, item in enumerate(item for items in style.items for item in items):

@@ -104,7 +104,7 @@ def test_a_misspelt_dataset_suggests_the_nearest(refused, word, meant, more):
 
 
 def test_a_dataset_like_no_other_is_answered_with_the_list(refused):
-    refused("--data", "zzz", "--split", 0.1, says=["--data zzz ", "emoji, officehome, pacs"])
+    refused("--data", "zzz", "--split", 0.1, says=["--data zzz ", "emoji, officehome, pacs, cifar100"])
 
 
 def test_a_mistake_is_one_line_in_a_real_process_too(tmp_path):
@@ -502,7 +502,8 @@ def test_a_resnet_in_a_file_cannot_take_image_prompts(refused, tree, tmp_path_fa
 
 @pytest.mark.parametrize("script, words, most", [("maple_mt", [74], "74 context vectors"), ("mmap", [40], "80 context vectors")])
 def test_prompts_that_do_not_fit_the_text_are_counted_together(refused, tree, script, words, most):
-    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--n-ctx", *words, says=[most, "77 text positions"], script=script)
+    line = refused("--data", tree, "--shots", 2, "--clip", "tiny", "--n-ctx", *words, says=[most, "77 text positions"], script=script)
+    assert ("in all; a text has 2 prompts" in line) == (script == "mmap")
 
 
 @pytest.mark.parametrize("groups, says", [(3, "the 2 tasks"), (0, "too small"), (-1, "too small"), ("many", "invalid int")])
@@ -517,7 +518,7 @@ def test_an_ablation_of_everything_leaves_nothing(refused, tree):
 
 @pytest.mark.parametrize("depth", [0, 7, -1])
 def test_a_depth_that_the_backbone_does_not_have(refused, tree, depth):
-    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--depth", depth, says=[f"--depth {depth}", "6 layers"], script="maple_mt")
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--depth", depth, says=[f"--depth {depth}", "6 layers" if depth > 0 else "1 or more"], script="maple_mt")
 
 
 @pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
@@ -534,3 +535,25 @@ def test_prompts_of_another_backbone_are_refused(method, refused, tree, backbone
     saved["settings"]["clip"] = "tiny"
     torch.save(saved, tmp_path / "run" / "prompts.pt")
     refused("--eval", tmp_path / "run" / "prompts.pt", says=["prompts.pt", "do not fit"], script=script)
+
+
+def test_damaged_prompts_of_the_right_method_are_refused(method, refused, tree, backbone, tmp_path):
+    run = tmp_path / "run"
+    code, err, _ = method("--data", tree, "--shots", 2, "--clip", backbone, "--epochs", 1, "--n-ctx", 2, "--out", run, script="mmap")
+    assert code == 0, err
+    saved = torch.load(run / "prompts.pt", weights_only=True)
+    for damaged in ({}, {"group_of": 1}, {**saved["prompts"][1], "group_of": None}):
+        torch.save(dict(saved, prompts={1: damaged}), run / "prompts.pt")
+        refused("--eval", run / "prompts.pt", says=["prompts.pt", "do not fit"], script="mmap")
+
+
+def test_a_training_that_diverges_says_so(method, tree, tmp_path):
+    code, err, out = method("--data", tree, "--shots", 2, "--clip", "tiny", "--epochs", 3, "--lr", 1e30, "--out", tmp_path / "run")
+    assert code == 2 and "diverged" in err and "--lr" in err and err.count("\n") == 1
+
+
+def test_words_of_hipro_and_of_surgery_that_cannot_be(refused, tree):
+    refused("--data", tree, "--shots", 2, "--grouping", "forest", says=["forest", "tree"], script="hipro")
+    refused("--data", tree, "--shots", 2, "--surgery", "scalpel", says=["scalpel", "pcgrad"])
+    refused("--data", tree, "--shots", 2, "--surgery", "imtl", "--single-task", says=["--surgery", "--single-task"])
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", "--n-ctx", 75, says=["75 context vectors", "77 text positions"], script="hipro")

@@ -13,7 +13,7 @@ SHORT = ["--shots", 2, "--views", 1, "--n-ctx", 4, "--batch-size", 32]
 
 class Settings:
     def __init__(self, **settings):
-        self.__dict__ = dict(dict(n_ctx=3, single_task=False, epochs=2, lr=0.1, batch_size=4, views=2, min_crop=0.08), **settings)
+        self.__dict__ = dict(dict(n_ctx=3, single_task=False, surgery="none", epochs=2, lr=0.1, batch_size=4, views=2, min_crop=0.08), **settings)
 
 
 def test_the_shared_context_has_8192_numbers_at_vit_b16_and_single_task_one_set_a_task():
@@ -75,7 +75,7 @@ def test_the_loss_runs_on_cuda():
         with torch.device("cuda"):
             model, prompts = CLIP(**TINY).eval(), coop.Context(1, 3, 64)
             views = [(torch.randn(2, 4, 32), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
-        assert coop.loss_of(model, texts, prompts, views, batches).device.type == "cuda"
+        assert coop.losses_of(model, texts, prompts, views, batches).device.type == "cuda"
 
 
 def test_text_prompts_train_on_a_resnet_backbone():

@@ -151,7 +151,7 @@ def test_a_step_at_vit_b16_with_65_classes_and_four_tasks_runs_on_a_cpu(name):
     names = [f"class number {i}" for i in range(65)]
     images = common.Images(range(4), [0, 20, 40, 64], lambda i: noise(i, 224))
     tasks = [common.Task(t, names, "a photo of a {}", images, images) for t in "abcd"]
-    args = settings(n_ctx=16, batch_size=4, views=0, grouping="gradient", prompt="mmap", groups=None, no_specific=False)
+    args = settings(n_ctx=16, batch_size=4, views=0, grouping="gradient", prompt="mmap", groups=2, no_specific=False)
     log = Log()
     method.train(args, model, tasks, log, seed=1)
     assert 0 < log.last["loss"] < 400

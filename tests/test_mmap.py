@@ -14,7 +14,7 @@ from conftest import ROOT, VIT_B16, Log, run_script, small_tasks
 import common
 
 mmap = common.load_method("mmap")
-SETTINGS = dict(n_ctx=4, grouping="all", prompt="mmap", groups=None, no_specific=False, epochs=1, lr=0.1, batch_size=6, views=1,
+SETTINGS = dict(n_ctx=4, grouping="all", prompt="mmap", groups=2, no_specific=False, epochs=1, lr=0.1, batch_size=6, views=1,
                 min_crop=0.6)
 
 

@@ -14,10 +14,11 @@ METHODS = {         # a method's own words; after how many epochs it is killed; 
     "coop_mt": ([], [7], 4 * 128),
     "vpt_mt": ([], [7], 6 * 4 * 192),
     "maple_mt": ([], [7], 6 * (4 * 128 + 128 * 192 + 192)),
-    "mmap": ([], [1, 10], 3 * 6 * (4 * 32 + 4 + 6)),        # in the grouping phase of seed 1, in the training of seed 2
+    "hipro": ([], [1, 14], 3 * 4 * 128),
+    "mmap": (["--groups", 1], [1, 10], 3 * 6 * (4 * 32 + 4 + 6)),        # in the grouping phase of seed 1, in the training of seed 2
 }
-OWN_KEYS = {"mmap": {"groups", "similarity"}}
-DEFAULTS = {"coop_mt": (180, 1.0), "vpt_mt": (300, 0.0), "maple_mt": (300, 0.0), "mmap": (300, 0.0)}     # seconds; gain wanted
+OWN_KEYS = {"mmap": {"groups", "similarity"}, "hipro": {"nodes", "affinity"}}
+DEFAULTS = {"coop_mt": (180, 1.0), "vpt_mt": (300, 0.0), "maple_mt": (300, 0.0), "hipro": (300, 0.0), "mmap": (300, 0.0)}     # seconds; gain wanted
 
 
 @pytest.fixture(scope="module")

@@ -187,3 +187,68 @@ def test_the_class_table_of_the_benchmark_is_what_is_shipped():
     readme = (common.HERE / "data" / "README.md").read_text(encoding="utf-8")
     for name, members in classes.items():
         assert f"| {name} | {len(members)} |" in readme
+
+
+# ---------------------------------------------------------------------------------------------------------- class groups
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-100's archive in miniature: 3 coarse classes of 2, 10 training and 2 test images a fine class, all of one grey."""
+    import hashlib
+    import pickle
+
+    import numpy as np
+    from torchvision.datasets import CIFAR100
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    fine_names, coarse_of = ["apple", "bus", "maple_tree", "oak_tree", "pear", "pickup_truck"], [0, 2, 1, 1, 0, 2]
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def part(each, first):
+        fine = [k for k in range(6) for _ in range(each)]
+        grey = [first + i for i in range(len(fine))]
+        return dict(data=np.repeat(np.array(grey, dtype=np.uint8)[:, None], 3072, axis=1), fine_labels=fine,
+                    coarse_labels=[coarse_of[k] for k in fine])
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", write("train", part(10, 0))]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", write("test", part(2, 100))]])
+    names = dict(fine_label_names=fine_names, coarse_label_names=["fruit", "trees", "vehicles_1"])
+    monkeypatch.setattr(CIFAR100, "meta", dict(CIFAR100.meta, md5=write("meta", names)))
+    return tmp_path
+
+
+def test_cifar100_is_a_task_a_coarse_class(cifar):
+    tasks = common.load_tasks("cifar100", split=0.2, seed=1, root=cifar)
+    assert [(t.name, t.class_names) for t in tasks] == [("fruit", ["apple", "pear"]), ("trees", ["maple tree", "oak tree"]),
+                                                        ("vehicles 1", ["bus", "pickup truck"])]
+    assert all(len(t.train) == 4 and len(t.test) == 4 and t.template == "a photo of a {}" for t in tasks)
+    for images, first, each in [(tasks[2].train, 0, 10), (tasks[2].test, 100, 2)]:
+        for image, label in images:
+            grey, fine = image.getpixel((0, 0))[0], [1, 5][label]
+            assert image.size == (32, 32) and first + fine * each <= grey < first + (fine + 1) * each
+    again = common.load_tasks("cifar100", split=0.2, seed=1, root=cifar)
+    grey = lambda task: [image.getpixel((0, 0))[0] for image, _ in task.train]
+    assert [grey(t) for t in tasks] == [grey(t) for t in again]
+    assert [grey(t) for t in tasks] != [grey(t) for t in common.load_tasks("cifar100", split=0.2, seed=2, root=cifar)]
+
+
+def test_cifar100_that_is_missing_or_damaged_is_named(cifar):
+    (cifar / "cifar-100-python" / "test").write_bytes(b"damaged")
+    with pytest.raises(common.UserError, match="CIFAR-100 is not in .*, or damaged: give --download"):
+        common.load_tasks("cifar100", split=0.2, root=cifar)
+
+
+def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch):
+    assert len(common.find_listings("cifar100", cifar, download=True)) == 3     # there already: no connection
+    with pytest.raises(common.UserError, match="--download cannot fetch pacs, only cifar100"):
+        common.find_listings("pacs", cifar, download=True)
+    (cifar / "cifar-100-python" / "train").unlink()
+    from torchvision.datasets import CIFAR100
+
+    def unreachable(*words, **more):
+        raise OSError("no route to host")
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
+    with pytest.raises(common.UserError, match=f"cannot be downloaded .no route to host.: put {CIFAR100.url}"):
+        common.find_listings("cifar100", cifar, download=True)

@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -216,60 +215,15 @@ def logits(model, image_features, text_features):
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
-_listings = load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # images: reading, splitting, batching
-Images, Listing, hold_out, image_batches = _listings.Images, _listings.Listing, _listings.hold_out, _listings.image_batches
-epoch_batches, train_transform, read_image = _listings.epoch_batches, _listings.train_transform, _listings.read_image
-image_features, view_features = _listings.image_features, _listings.view_features
-read_tile, collate, Prepared, Steps = _listings.read_tile, _listings.collate, _listings.Prepared, _listings.Steps
-PIXEL_MEAN, PIXEL_STD = _listings.PIXEL_MEAN, _listings.PIXEL_STD
+_tasks = load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # finding, splitting, reading, batching images
+Task, load_tasks, find_listings, Listing, Images, hold_out = \
+    _tasks.Task, _tasks.load_tasks, _tasks.find_listings, _tasks.Listing, _tasks.Images, _tasks.hold_out
+image_features, view_features, image_batches, epoch_batches, train_transform = \
+    _tasks.image_features, _tasks.view_features, _tasks.image_batches, _tasks.epoch_batches, _tasks.train_transform
+read_image, read_tile, collate, Prepared, Steps = _tasks.read_image, _tasks.read_tile, _tasks.collate, _tasks.Prepared, _tasks.Steps
+PIXEL_MEAN, PIXEL_STD = _tasks.PIXEL_MEAN, _tasks.PIXEL_STD
 for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
-
-
-@dataclass
-class Task:
-    """One task: images of a domain or a dataset, and the names of their classes in label order."""
-    name: str
-    class_names: list
-    template: str               # for zero-shot CLIP and for methods with fixed text, without a full stop
-    train: Images
-    test: Images
-    val: Images = None          # None where the dataset has no validation set of its own
-    metric: str = "accuracy"    # or "mean per class"
-
-
-def load_tasks(data, split=None, shots=None, seed=1, root="data"):
-    """The tasks of a benchmark, as a list of Task.
-
-    data: "emoji", "officehome", "pacs" or "cifar100" under `root`, the path of a `domain/class/images` tree, `name=path` for a
-    `class/images` tree that makes one task, or several of these joined by commas.
-    split: the fraction of each class of each task to train on, max(1, round(split * n)) images; or shots: that many a
-    class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
-    fifth of its images, and one, for it. Neither: every image of the training set (for a dataset with a test set).
-    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers.
-    """
-    if split is not None and shots is not None:
-        raise UserError("--split and --shots say the same thing in two ways: give one of them")
-    if split is not None and not 0 < split <= 1:
-        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, such as 0.1")
-    if shots is not None and shots < 1:
-        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
-    listings, seen = find_listings(data, root), set()
-    for listing in listings:
-        if listing.name in seen:
-            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them apart, as in name=path")
-        seen.add(listing.name)
-    parts = [_listings.divide(listing, split, shots, seed) for listing in listings]
-    return [Task(x.name, x.class_names, x.template, train, test, val, x.metric) for x, (train, test, val) in zip(listings, parts)]
-
-
-def find_listings(data, root="data", download=False):
-    """All images of every task in `data`, before they are split; UserError where a name or a folder is not right."""
-    domains = load_file(HERE / "data" / "domains.py", "multitask_prompt_domains")
-    names = [str(data)] if Path(data).is_dir() else [name.strip() for name in str(data).split(",")]
-    for name in names if download else []:
-        domains.download(name, Path(root))
-    return [listing for name in names for listing in domains.find(name, Path(root))]
 
 
 # ------------------------------------------------------------------------------------------------- batches and scoring
@@ -596,8 +550,11 @@ class Run:
         base = f"{settings['method']}-{data}-{settings['shots'] or settings['split']}"
         return next(p for p in (Path("runs") / f"{base}-{i}" for i in range(1, 10**6)) if not p.exists())
 
-    def open(self):
-        """Make the folder and note the settings: from here on there is a run to resume."""
+    def open(self, data):
+        """Make the folder and note the settings: from here on there is a run to resume, on the same `data` (class names, counts)."""
+        if self.state.setdefault("data", data) != data:
+            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now (tasks, classes or numbers of images): "
+                            "start the run again in another --out")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if not self.resumed and not self.settings["out"]:
@@ -703,6 +660,10 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
     """
     if args.finished:
         print_table(args.finished)
+        if args.plot:
+            with (Path(args.out) / "log.csv").open() as file:
+                rows = [dict(seed=int(row["seed"]), epoch=int(row["epoch"]), loss=float(row["loss"])) for row in csv.DictReader(file)]
+            plot_run(Path(args.out), args.finished, rows, plot)
         return print(f"\nthe run in {args.out} had finished")
     del args.finished
     resnet = UserError(f"{args.method} puts prompts into the image encoder, and {args.clip} has a ResNet there: use a ViT, such as "
@@ -739,7 +700,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
                                 "trained on") from error
             finished[seed] = scored(seed, prompts, seconds=0.0)
         return print_table(gather(vars(args), tasks[args.seeds[0]], model, finished))
-    run.open()
+    run.open({f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]})
     for seed in args.seeds:
         if seed not in run.state["finished"]:
             prompts = train(args, model, tasks[seed], run, seed)

@@ -129,7 +129,8 @@ def score(args, model, preprocess, tasks, prompts):
 def main(argv=None):
     parser = common.arguments("coop_mt", __doc__, PAPER, TINY)
     parser.add_argument("--single-task", action="store_true", help="a context for each task alone (the papers' CoOp column)")
-    parser.add_argument("--surgery", choices=list(SURGERY), help="what is done where the tasks' gradients disagree (default none: their sum)")
+    parser.add_argument("--surgery", choices=list(SURGERY),
+                        help="what is done where the tasks' gradients disagree (default none: their sum)")
     args = common.parse(parser, argv)
     if args.single_task and args.surgery != "none":
         raise common.UserError("--surgery works on a prompt that tasks share, and --single-task leaves none: leave one of them out")

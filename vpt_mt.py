@@ -5,8 +5,8 @@ the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "train a task-shared prom
 
 The idea: b learned tokens join the image's patches behind the class token, and every layer gets b new ones in place of the
 last layer's. The rest of CLIP stays frozen, the text features come from the fixed words of the task's template ("a photo of
-a [class]."), and the loss is the sum over tasks of the cross-entropy of CLIP's image-text similarities. The prompts change what the image encoder
-sees, so every step runs it forwards and backwards; the texts are encoded once.
+a [class]."), and the loss is the sum over tasks of the cross-entropy of CLIP's image-text similarities. The prompts change
+what the image encoder sees, so every step runs it forwards and backwards; the texts are encoded once.
 
     python vpt_mt.py                                                            # built-in benchmark and backbone
     python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3                # MmAP, Table 1, column VPT-MT

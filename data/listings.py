@@ -1,4 +1,4 @@
-"""Images of a task: before the split into training and test images, after it, and in batches. `common` passes these names on."""
+"""Tasks and their images: found, split into training and test images, read, and put into batches. `common` passes these names on."""
 import math
 import os
 import random
@@ -6,13 +6,14 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Callable
 
 import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UserError, autocast, encode_image
+from common import UserError, autocast, encode_image, load_file
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
 
@@ -69,6 +70,52 @@ class Listing:
     val: list = None
     metric: str = "accuracy"
     read: Callable = read_image
+
+
+@dataclass
+class Task:
+    """One task: images of a domain or a dataset, and the names of their classes in label order."""
+    name: str
+    class_names: list
+    template: str               # for zero-shot CLIP and for methods with fixed text, without a full stop
+    train: Images
+    test: Images
+    val: Images = None          # None where the dataset has no validation set of its own
+    metric: str = "accuracy"    # or "mean per class"
+
+
+def load_tasks(data, split=None, shots=None, seed=1, root="data"):
+    """The tasks of a benchmark, as a list of Task.
+
+    data: "emoji", "officehome", "pacs" or "cifar100" under `root`, the path of a `domain/class/images` tree, `name=path` for a
+    `class/images` tree that makes one task, or several of these joined by commas.
+    split: the fraction of each class of each task to train on, max(1, round(split * n)) images; or shots: that many a
+    class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
+    fifth of its images, and one, for it. Neither: every image of the training set (for a dataset with a test set).
+    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers.
+    """
+    if split is not None and shots is not None:
+        raise UserError("--split and --shots say the same thing in two ways: give one of them")
+    if split is not None and not 0 < split <= 1:
+        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, such as 0.1")
+    if shots is not None and shots < 1:
+        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
+    listings, seen = find_listings(data, root), set()
+    for listing in listings:
+        if listing.name in seen:
+            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them apart, as in name=path")
+        seen.add(listing.name)
+    parts = [divide(listing, split, shots, seed) for listing in listings]
+    return [Task(x.name, x.class_names, x.template, train, test, val, x.metric) for x, (train, test, val) in zip(listings, parts)]
+
+
+def find_listings(data, root="data", download=False):
+    """All images of every task in `data`, before they are split; UserError where a name or a folder is not right."""
+    domains = load_file(Path(__file__).with_name("domains.py"), "multitask_prompt_domains")
+    names = [str(data)] if Path(data).is_dir() else [name.strip() for name in str(data).split(",")]
+    for name in names if download else []:
+        domains.download(name, Path(root))
+    return [listing for name in names for listing in domains.find(name, Path(root))]
 
 
 def divide(listing, split, shots, seed):

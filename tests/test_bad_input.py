@@ -557,3 +557,15 @@ def test_words_of_hipro_and_of_surgery_that_cannot_be(refused, tree):
     refused("--data", tree, "--shots", 2, "--surgery", "scalpel", says=["scalpel", "pcgrad"])
     refused("--data", tree, "--shots", 2, "--surgery", "imtl", "--single-task", says=["--surgery", "--single-task"])
     refused("--data", tree, "--shots", 2, "--clip", "tiny", "--n-ctx", 75, says=["75 context vectors", "77 text positions"], script="hipro")
+
+
+def test_data_that_changed_since_the_checkpoint_is_noticed(refused, stopped):
+    shapes = json.loads((stopped / "settings.json").read_text())["data"]
+    from pathlib import Path
+    image = next(Path(shapes).rglob("*.png"))
+    kept = image.read_bytes()
+    image.unlink()
+    try:
+        refused("--resume", "--out", stopped, says=["checkpoint.pt", "does not fit the data"])
+    finally:
+        image.write_bytes(kept)

@@ -3,7 +3,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import VIT_B16, Log, random_clip, small_tasks
 
 import common

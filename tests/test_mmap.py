@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, VIT_B16, Log, run_script, small_tasks
+from conftest import ROOT, Log, run_script, small_tasks
 
 import common
 

@@ -60,9 +60,12 @@ def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole):
     assert again.returncode == 0, again.stderr
     table = lambda text: text[text.index("drawn  "):].split("; trained in")[0]
     assert table(again.stdout[again.stdout.index("zero-shot"):]) == table(printed[printed.index("zero-shot"):])
-    finished = run_script(f"{method}.py", "--resume", "--out", out, cwd=out.parent)
-    assert finished.returncode == 0 and "had finished" in finished.stdout
-    assert before == {p: p.read_bytes() for p in out.iterdir()} and [p.name for p in out.parent.iterdir()] == ["run"]
+    (out / "loss.png").unlink()
+    finished = run_script(f"{method}.py", "--resume", "--out", out, "--plot", cwd=out.parent)
+    assert finished.returncode == 0 and "had finished" in finished.stdout and (out / "loss.png").exists()
+    changed = {p.name for p in out.iterdir() if p.read_bytes() != before[p]}
+    assert all(name.endswith(".png") for name in changed) and set(before) == set(out.iterdir())
+    assert [p.name for p in out.parent.iterdir()] == ["run"]
 
 
 def test_killed_and_resumed_ends_where_it_would_have_ended(whole, tmp_path):

@@ -314,18 +314,19 @@ def imtl(grads):
     With u_i = g_i / |g_i|, D = [g_1 - g_i] and U = [u_1 - u_i], i = 2..N: a_2..N = g_1 U^T (D U^T)^-1. Where the gradients are
     too much alike to solve that (a singular D U^T), the least squares solution serves.
     """
-    units = grads / grads.norm(dim=1, keepdim=True).clamp(min=torch.finfo(grads.dtype).tiny)
-    D, U = grads[:1] - grads[1:], units[:1] - units[1:]
-    a = torch.linalg.pinv((D @ U.t()).double()).to(grads.dtype).t() @ (U @ grads[0])
-    return (1 - a.sum()) * grads[0] + a @ grads[1:]
+    g = grads.double()
+    units = g / g.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    D, U = g[:1] - g[1:], units[:1] - units[1:]
+    a = torch.linalg.pinv(D @ U.t()).t() @ (U @ g[0])
+    return ((1 - a.sum()) * g[0] + a @ g[1:]).to(grads.dtype)
 
 
-def cagrad(grads, c=0.5, steps=100):
+def cagrad(grads, c=0.5, steps=300):
     """CAGrad (Liu et al., NeurIPS 2021): the d within c |g_0| of the mean gradient g_0 whose worst dot product with a task's
     gradient is largest.
 
     Its dual: w on the simplex minimises g_w . g_0 + c |g_0| |g_w|, where g_w = sum_i w_i g_i; then d = g_0 + c |g_0| g_w / |g_w|.
-    c = 0.5 as in most of its experiments. The dual is solved by exponentiated gradient descent on the Gram matrix.
+    c = 0.5 (choice: its experiments have 0.4 to 0.9). The dual is solved by exponentiated gradient descent on the Gram matrix.
     """
     gram = (grads @ grads.t()).double()
     scale = gram.diagonal().mean().clamp(min=1e-300)
@@ -347,10 +348,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def arguments(method, doc, paper, tiny):
+def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     """The command line that all method files share; a file adds its own flags before `parse`.
 
-    paper, tiny: the file's settings at full size, and what the built-in backbone has of its own.
+    paper, tiny: the file's settings at full size, and what the built-in backbone has of its own; batch: what its size counts.
     """
     says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -366,7 +367,7 @@ def arguments(method, doc, paper, tiny):
     add("--device", help="cpu, cuda, cuda:1, ... (default CUDA where there is one)")
     add("--epochs", type=int, help=says("epochs"))
     add("--lr", type=float, help="learning rate " + says("lr"))
-    add("--batch-size", type=int, help="images of a task in a step " + says("batch_size"))
+    add("--batch-size", type=int, help=f"{batch} " + says("batch_size"))
     add("--n-ctx", type=int, help="prompt length b " + says("n_ctx"))
     add("--views", type=int, help="fixed augmented views an image; 0 draws fresh ones every epoch " + says("views"))
     add("--min-crop", type=float, help="smallest part of an image's area that a view shows " + says("min_crop"))
@@ -772,7 +773,7 @@ def plot_run(folder, result, rows, plot=None):
     for seed in result["seeds"]:
         points = [(row["epoch"], row["loss"]) for row in rows if row["seed"] == seed and "loss" in row]
         axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
-    axes.set_xlabel("epoch"), axes.set_ylabel("training loss, sum over tasks"), axes.legend()
+    axes.set_xlabel("epoch"), axes.set_ylabel("training loss"), axes.legend()
     figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
     for key in {"similarity", "affinity", "transfer"} & result.keys():
         for seed, matrix in zip(result["seeds"], result[key]):

@@ -23,7 +23,7 @@ Choices the papers leave open
 - The image features of `--views` random views an image are computed once and reused (0: fresh views every epoch).
 - `tiny` was never trained on small crops of a drawing, so its views show at least 0.6 of the area.
 - `--surgery imtl` is IMTL-G alone: with one shared prompt and no task-specific layers, the loss balance is off. IMTL-G and CAGrad
-  return averages of the gradients, times N here, so that all surgeries equal the sum where the tasks agree.
+  return averages of the gradients; times N here, as long as the sum that PCGrad starts from.
 - `--single-task` trains all tasks' contexts in one pass: the summed loss has no term with two contexts in it, so each
   context gets its own task's gradient and nothing else. Momentum and weight decay act on each number by itself.
 """
@@ -42,7 +42,7 @@ PAPER = dict(                       # MmAP, Sec. 4.1, "Implementation Details"
     views=8,                        # ours
     min_crop=0.08,                  # Dassl's random resized crop
     surgery="none")                 # HiPro's baselines on CoOp-MT: pcgrad, imtl
-TINY = dict(epochs=30, lr=0.002, min_crop=0.6)      # the built-in backbone's, chosen on validation images
+TINY = dict(epochs=15, lr=0.03, min_crop=0.6)      # the built-in backbone's, chosen on validation images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 SURGERY = dict(none=None, pcgrad=common.pcgrad, imtl=lambda grads: len(grads) * common.imtl(grads),
                cagrad=lambda grads: len(grads) * common.cagrad(grads))     # the last two average: made as long as a sum
@@ -104,7 +104,9 @@ def train(args, model, tasks, run, seed):
             if args.surgery == "none":
                 of_task.sum().backward()
             else:
-                grads = torch.stack([torch.autograd.grad(x, prompts.vectors, retain_graph=True)[0].flatten() for x in of_task])
+                last = len(of_task) - 1
+                grads = torch.stack([torch.autograd.grad(x, prompts.vectors, retain_graph=i < last)[0].flatten()
+                                     for i, x in enumerate(of_task)])
                 prompts.vectors.grad = SURGERY[args.surgery](grads).view_as(prompts.vectors)
             optimizer.step()
             losses.append(of_task.sum().item())

@@ -69,7 +69,7 @@ PAPER = dict(                       # Sec. 4.1, "Implementation Details"
     groups=2,                       # ours: at most so many
     grouping="gradient",            # Sec. 3.3; the other values are Table 3's
     prompt="mmap")                  # Sec. 3.2; the other values are Figure 5's
-TINY = dict(epochs=20, lr=0.02, min_crop=0.6)       # the built-in backbone's, chosen on validation images
+TINY = dict(epochs=10, lr=0.1, min_crop=0.6)        # the built-in backbone's, chosen on validation images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 
 
@@ -252,7 +252,7 @@ def measure_similarity(args, model, tasks, run, seed, epochs):
     optimizer, schedule = optimizer_of(args, shared, epochs)
     start = run.restore(seed, prompts=shared, optimizer=optimizer, schedule=schedule)
     for epoch in common.progress(range(start, epochs), "group"):
-        common.seed_everything(seed, epoch + 1)
+        common.seed_everything(seed, args.epochs + epoch + 1)                   # other batches than the second phase's
         losses, snapshots = [], []
         for batches in common.image_batches(model, tasks, args, seed):
             grads, loss = task_gradients(model, texts, shared, batches)
@@ -283,6 +283,9 @@ def build(args, model, tasks):
 
 
 def check(args, tasks):
+    if args.eval and list(common.load_prompts(args.eval, "mmap")["tasks"]) != [task.name for task in tasks]:
+        raise common.UserError(f"the prompts in {args.eval} are of other tasks than those of --data {args.data}: give the --data they "
+                               "were trained on")
     if args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of --data {args.data}: give fewer")
 
@@ -331,7 +334,7 @@ def train(args, model, tasks, run, seed):
     if done <= first:
         if first:
             prompts.similarity = measure_similarity(args, model, tasks, run, seed, first)
-        common.seed_everything(seed, first + args.epochs + 1)                   # the start of the second phase, resumed or not
+        common.seed_everything(seed, 2 * args.epochs + 2)                       # the start of the second phase, resumed or not
         prompts.set_groups(choose_groups(args, tasks, prompts.similarity, seed))
         optimizer, schedule = optimizer_of(args, prompts, args.epochs)
     else:
@@ -341,7 +344,7 @@ def train(args, model, tasks, run, seed):
     tell_groups(args, tasks, prompts)
     texts = common.Texts(tasks, n_text(args), prompts.owners())
     for epoch in common.progress(range(max(done, first), first + args.epochs), "train"):
-        common.seed_everything(seed, epoch + 1)
+        common.seed_everything(seed, epoch - first + 1)                         # the same batches whatever the grouping
         losses = []
         for batches in common.image_batches(model, tasks, args, seed):
             loss = losses_of(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()

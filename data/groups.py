@@ -26,8 +26,8 @@ def cifar100(root):
                         f"{CIFAR100.base_folder} there") from error
     folder, spoken = Path(root) / CIFAR100.base_folder, lambda name: name.replace("_", " ")
     coarse_names = _unpickled(folder / "meta")["coarse_label_names"]
-    coarse = [_unpickled(folder / name)["coarse_labels"] for name in ("train", "test")]
-    members = [sorted({fine for fine, c in zip(parts[0].targets, coarse[0]) if c == k}) for k in range(len(coarse_names))]
+    coarse = _unpickled(folder / "train")["coarse_labels"]
+    members = [sorted({fine for fine, c in zip(parts[0].targets, coarse) if c == k}) for k in range(len(coarse_names))]
     images = [{}, {}]                                                           # fine label -> its images, as arrays
     for part, found in zip(parts, images):
         for array, fine in zip(part.data, part.targets):

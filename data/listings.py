@@ -171,7 +171,7 @@ def train_transform(model, min_crop=0.08):
 
 
 def workers(lists):
-    """How many processes read images: none for few, or for the built-in benchmark, whose pictures are in memory."""
+    """How many processes read images: none for few, nor for those that are in memory (the built-in benchmark, CIFAR-100)."""
     return min(8, os.cpu_count() or 1) if any(x.read is read_image for x in lists) and sum(map(len, lists)) > 400 else 0
 
 

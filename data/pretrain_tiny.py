@@ -175,7 +175,6 @@ def main():
     parser.add_argument("--lr", type=float, default=LR, help="the cycle's highest learning rate")
     parser.add_argument("--score-minutes", type=float, default=5, help="minutes between two scores, each with a save")
     parser.add_argument("--export", type=Path, help="write the averaged weights here, in half precision")
-    parser.add_argument("--average-with", type=Path, help="an earlier state, whose averaged weights are averaged with these")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
     args = parser.parse_args()
@@ -262,11 +261,7 @@ def main():
             since, losses = time.time(), []
             mark = time.time()
     if args.export:
-        weights = average.state_dict()
-        if args.average_with:
-            earlier = torch.load(args.average_with, weights_only=True)["average"]
-            weights = {k: (v + earlier[k]) / 2 for k, v in weights.items()}
-        save(args.export, {k: v.half() for k, v in weights.items()})
+        save(args.export, {k: v.half() for k, v in average.state_dict().items()})
         print("wrote", args.export)
 
 

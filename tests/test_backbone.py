@@ -57,19 +57,19 @@ def test_zero_shot_is_far_above_chance_in_every_style(tiny):
     tasks = common.load_tasks("emoji", split=0.1)
     scores = [common.evaluate(*tiny, task, text) for task, text in zip(tasks, common.zero_shot(tiny[0], tasks))]
     print("zero-shot", [round(s, 1) for s in scores])
-    assert sum(scores) / 4 > 42 and min(scores) > 28            # chance is under 2
+    assert sum(scores) / 4 > 51 and min(scores) > 41            # chance is under 2
 
 
 def linear_probe(model, preprocess, tasks):
     """(zero-shot, probe) a task: one linear classifier for all styles, on the frozen image features of the training drawings.
 
-    It starts as the zero-shot text features; full-batch Adam at 0.001 for 30 steps, chosen on held-out training drawings.
+    It starts as the zero-shot text features; full-batch Adam at 0.0005 for 30 steps, chosen on held-out training drawings.
     """
     text = common.zero_shot(model, tasks)[0]
     weight = F.normalize(text, dim=-1).clone().requires_grad_()
     data = [common.image_features(model, task.train, preprocess) for task in tasks]
     x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
-    optimizer = torch.optim.Adam([weight], lr=1e-3)
+    optimizer = torch.optim.Adam([weight], lr=5e-4)
     for _ in range(30):
         loss = F.cross_entropy(common.logits(model, x, weight), y)
         optimizer.zero_grad()
@@ -90,7 +90,7 @@ def test_a_linear_probe_gains_so_there_is_something_to_learn(tiny):
         gains.append(sum(after - before for before, after in scores) / 4)
         print(f"\nseed {seed}: zero-shot and linear probe a style", [(round(a, 1), round(b, 1)) for a, b in scores])
     print(f"gain on the average {np.mean(gains):.1f} ± {np.std(gains, ddof=1):.1f}")
-    assert min(gains) > 1
+    assert min(gains) > 2
 
 
 @pytest.mark.slow

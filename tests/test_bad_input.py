@@ -569,3 +569,12 @@ def test_data_that_changed_since_the_checkpoint_is_noticed(refused, stopped):
         refused("--resume", "--out", stopped, says=["checkpoint.pt", "does not fit the data"])
     finally:
         image.write_bytes(kept)
+
+
+@pytest.mark.parametrize("script", ["hipro", "mmap"])
+def test_prompts_of_tasks_are_not_scored_on_other_tasks(method, refused, tree, backbone, tmp_path, script):
+    run = tmp_path / "run"
+    code, err, _ = method("--data", tree, "--shots", 2, "--clip", backbone, "--epochs", 1, "--n-ctx", 2, "--out", run, script=script)
+    assert code == 0, err
+    other = make_tree(tmp_path / "other", {f"{d}/{c}": 5 for d in ("cut", "glued") for c in CLASSES})
+    refused("--eval", run / "prompts.pt", "--data", other, says=["prompts.pt", "of other tasks", "--data"], script=script)

@@ -158,7 +158,7 @@ def test_the_first_phase_averages_the_snapshots_and_descends_on_the_sum(small):
     common.seed_everything(5)
     shared, snapshots, velocity, rates = mmap.maker(args, small)(), [], None, [0.1, 0.05]
     for epoch in range(2):
-        common.seed_everything(1, epoch + 1)
+        common.seed_everything(1, 1 + epoch + 1)
         [batches] = common.image_batches(small, tasks, args, seed=1)
         losses = task_losses(small, tasks, batches, [shared.text_prompts()] * 2, [shared.image_prompts()] * 2)
         grads = [torch.autograd.grad(loss, list(shared.parameters()), retain_graph=True) for loss in losses]
@@ -243,7 +243,7 @@ def test_training_takes_that_step(small):
     trained = mmap.train(args, small, tasks, log, seed=1)
     common.seed_everything(1)
     start = mmap.build(args, small, tasks)
-    common.seed_everything(1, 2)
+    common.seed_everything(1, 4)
     start.set_groups([[0, 1]])
     common.seed_everything(1, 1)
     [batches] = common.image_batches(small, tasks, args, seed=1)

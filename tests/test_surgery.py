@@ -48,7 +48,7 @@ def test_imtl_projects_equally_on_many(n):
     assert projections.tolist() == pytest.approx([projections[0].item()] * n)
 
 
-def test_surgeries_of_equal_gradients_return_them():
+def test_equal_gradients_are_summed_averaged_and_stretched_by_one_and_c():
     grads = torch.tensor([[1.0, 2.0]] * 3)
     assert common.pcgrad(grads).tolist() == [3, 6]
     assert common.imtl(grads).tolist() == pytest.approx([1, 2]) and common.cagrad(grads).tolist() == pytest.approx([1.5, 3.0])
@@ -103,3 +103,17 @@ def test_coop_descends_along_what_the_surgery_returns(small, surgery):
     direction = getattr(common, surgery)(torch.stack(grads)) * (1 if surgery == "pcgrad" else 2)
     v = start.vectors.detach()
     assert (trained - (v - 0.1 * (direction.view_as(v) + 5e-4 * v))).abs().max() < 1e-3 * max(1, direction.abs().max())
+
+
+def test_imtl_of_nearly_parallel_gradients_in_single_precision_is_that_in_double():
+    g = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    grads = torch.stack([g, 1.3 * g + 1e-3 * torch.randn(40, generator=torch.Generator().manual_seed(1))])
+    assert common.imtl(grads).tolist() == pytest.approx(common.imtl(grads.double()).tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_cagrad_with_twenty_tasks_is_solved_to_a_hundredth():
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        grads = torch.randn(20, 30, dtype=torch.double, generator=generator) * (1 + 3 * torch.rand(20, 1, generator=generator))
+        worst = [(grads @ common.cagrad(grads, steps=steps)).min().item() for steps in (300, 5000)]
+        assert worst[0] == pytest.approx(worst[1], abs=0.01 * abs(worst[1]) + 1e-3)

@@ -484,7 +484,7 @@ def test_a_name_longer_than_a_file_s_may_be_is_refused(refused, tree, small_run,
 
 # -------------------------------------------------------------------------------------------- the other methods' own words
 
-WITH_IMAGE_PROMPTS = ["vpt_mt", "maple_mt", "mmap"]
+WITH_IMAGE_PROMPTS = ["vpt_mt", "maple_mt", "mmap", "jscpt"]
 
 
 @pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)

@@ -17,8 +17,10 @@ METHODS = {         # a method's own words; after how many epochs it is killed; 
     "hipro": ([], [1, 14], 3 * 4 * 128),
     "mvlpt": ([], [2, 18], 2 * (4 * 128 + 6 * 4 * 192 + 2 * 128 * 128 + 256 + 2 * 128 * 192 + 320 + 198_272)),     # in stage 1, in stage 2
     "mmap": (["--groups", 1], [1, 10], 3 * 6 * (4 * 32 + 4 + 6)),        # in the grouping phase of seed 1, in the training of seed 2
+    "jscpt": (["--upper-every", 3], [2, 5], 3 * (4 * 128 + 6 * 4 * 192) + 2 * 192 + 2 * 32 * 192 + 32 + 192),
 }
-OWN_KEYS = {"mmap": {"groups", "similarity"}, "hipro": {"nodes", "affinity"}, "mvlpt": {"groups"}}
+OWN_KEYS = {"mmap": {"groups", "similarity"}, "hipro": {"nodes", "affinity"}, "mvlpt": {"groups"},
+            "jscpt": {"alpha", "beta", "effect", "affinity", "phi", "schedule_parameters"}}
 SECONDS = {"coop_mt": 180, "vpt_mt": 300, "maple_mt": 300, "hipro": 300, "mmap": 300}     # what the built-in defaults may take
 
 

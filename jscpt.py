@@ -1,0 +1,423 @@
+"""JSCPT: image features selected by learned masks, and tasks weighted by a schedule that a development set trains.
+
+Li, Qin, Cui, Liu, Hu and Liao, "Joint Scheduling of Causal Prompts and Tasks for Multi-Task Learning", CVPR 2025.
+
+The idea: prompts pick up what merely goes along with a class, and tasks help or hinder each other differently as training goes
+on. So (1) every task has prompts shared by all beside its own, and a mask and a small network select its image features, Eq. (2).
+(2) A task's weight phi in a step grows with what selection gains, the causal effect, Eq. (4), and with how well the other tasks'
+gradients on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6). (3) The prompts descend
+along the weighted gradients, Eq. (9), and every M steps alpha and beta along the gradient that the loss on held-out images has
+through the prompts, Eq. (10)-(11): implicit differentiation with a truncated Neumann series.
+
+    python jscpt.py                                                             # built-in benchmark and backbone
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1 (also: --split 0.2)
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection  # Table 4, w/o Feature Selection
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-prompt-schedule    # ... w/o Prompt Scheduling
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-task-schedule      # ... w/o Task Scheduling
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --cagrad        # ... MTL-CAGrad
+    python jscpt.py --data officehome --split 0.2 --plot                        # Figures 4 and 5
+
+Choices the paper leaves open
+- Text prompts enter the first layer only, image prompts every layer: the paper's "into each transformer block" would take 1.1 M
+  numbers, its count of 0.203 M a task leaves no room for that. Shared and own ones stand side by side, 2b in all.
+- The selection network is shared by the tasks, D - 32 - D with ReLU (CoCoOp's meta-net), and Eq. (2) applies it twice; masks are
+  sigma(m), m = 0 at the start. Together 813,600 numbers for four tasks at ViT-B/16, 0.2034 M a task. alpha and beta count apart.
+- Eq. (4) as printed, the sigma of an exponential, lies in (0.5, 1), so the "below 0.5" of the text cannot occur. Its original
+  loss is that of the same step's features without selection.
+- Eq. (5) is clamped to the [-1, 1] that the paper states. In Eq. (6) beta_i is a vector over the source tasks and the product a
+  dot product; alpha and beta start at 1. phi is a constant for the prompts' gradient.
+- D_v is the dataset's validation set, or 20% of a task's training images, held out by the seed (in the ablations too); D_dev is
+  a batch a task of it at every upper step, augmented as in training. Where none can be held out, the training images serve.
+- The upper step takes L from the latest training batch at the updated prompts, effect and affinity as that batch had them, and
+  moves alpha and beta by Adam. The Neumann series needs a scale s, s sum_j (I - s Hessian)^j (Lorraine et al., AISTATS 2020);
+  it is the lower learning rate.
+- CAGrad combines the gradients of all shared numbers, weighted by the prompts' factor of Eq. (6); times N, to be a sum.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see. Prompts start at N(0, 0.02), the
+  network as PyTorch's linear layers do: selected features know nothing of CLIP's classes until it has learned.
+- A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
+"""
+import csv
+import json
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import common
+
+PAPER = dict(                       # Sec. 4.1, "Implementation details"
+    clip="ViT-B/16",                # "with CLIP (ViT-B/16) as our default model"
+    epochs=50,                      # "trained for 50 epochs"
+    lr=0.0015,                      # "we employ the SGD optimizer with a learning rate fixed at 0.0015"
+    batch_size=16,                  # "a batch size of 16, 4, and 32 respectively for the Office-Home, MiniDomainNet, and ..."
+    n_ctx=16,                       # "set the number of prompt tokens to 16"
+    views=0,                        # fresh views every epoch
+    min_crop=0.08,                  # Dassl's random resized crop
+    upper_every=10,                 # Sec. 3.4: "H is set to 3 and M to 10": M
+    terms=3,                        # ... H
+    upper_lr=0.0015)                # eta_2: ours, the paper states none
+TINY = dict(epochs=20, lr=0.01, batch_size=8, min_crop=0.6, upper_every=5, upper_lr=0.05)       # the built-in backbone's; a first guess
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
+HIDDEN = 32                         # of the selection network: what the paper's 0.203 M numbers a task leave room for
+
+
+# ------------------------------------------------------------------------------- prompts and selection (Sec. 3.2)
+
+class MTVLP(nn.Module):
+    """The multi-task vision-language prompts, masks and selection network (theta), the schedule's alpha and beta (Omega).
+
+    Every tensor of theta has the tasks first: a task's own ones [N, ...], shared ones [1, ...].
+    """
+
+    def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, dim, selection=True):
+        """dim: D, the width of the features. selection: whether the masks are learned, or stay at 0.5."""
+        super().__init__()
+        first, second = nn.Linear(dim, HIDDEN), nn.Linear(HIDDEN, dim)
+        self.P_l_shared = nn.Parameter(0.02 * torch.randn(1, n_ctx, d_text))
+        self.P_v_shared = nn.Parameter(0.02 * torch.randn(1, n_layers, n_ctx, d_image))
+        self.P_l = nn.Parameter(0.02 * torch.randn(n_tasks, n_ctx, d_text))
+        self.P_v = nn.Parameter(0.02 * torch.randn(n_tasks, n_layers, n_ctx, d_image))
+        self.W_1, self.b_1 = nn.Parameter(first.weight.data[None]), nn.Parameter(first.bias.data[None])         # [1, 32, D], [1, 32]
+        self.W_2, self.b_2 = nn.Parameter(second.weight.data[None]), nn.Parameter(second.bias.data[None])       # [1, D, 32], [1, D]
+        if selection:
+            self.m = nn.Parameter(torch.zeros(n_tasks, dim))
+        else:
+            self.register_buffer("m", torch.zeros(n_tasks, dim))
+        self.register_buffer("alpha", torch.ones(n_tasks))
+        self.register_buffer("beta", torch.ones(n_tasks, n_tasks))
+        self.register_buffer("steps", torch.tensor(0))                          # lower steps so far
+        self.register_buffer("effect", torch.zeros(n_tasks))                    # means of the last epoch
+        self.register_buffer("affinity", torch.zeros(n_tasks, n_tasks))
+        self.register_buffer("phi", torch.zeros(n_tasks))
+
+    def copies(self):
+        """theta with a copy of every tensor for every task, {name: [N, ...]}: the gradient of a sum of losses keeps them apart."""
+        theta = {**dict(self.named_parameters()), "m": self.m}
+        return {name: x.expand(len(self.alpha), *x.shape[1:]) for name, x in theta.items()}
+
+
+def text_prompts(theta):
+    """[P_l^sh, P_l,Ti] of every task, [1, N, 2b, d_l], of theta as `copies` gives it."""
+    return torch.cat([theta["P_l_shared"], theta["P_l"]], dim=1)[None]
+
+
+def image_prompts(theta):
+    """[P_v^sh, P_v,Ti] of every task, [K, N, 2b, d_v]."""
+    return torch.cat([theta["P_v_shared"], theta["P_v"]], dim=2).transpose(0, 1)
+
+
+def select(theta, x, task):
+    """The selected image features [B, D] of a task's features x [B, D], Eq. (2): MLP(M_i * x + MLP(M_i * x))."""
+    W_1, b_1, W_2, b_2 = (theta[name][task] for name in ("W_1", "b_1", "W_2", "b_2"))
+    mlp = lambda x: F.linear(F.relu(F.linear(x, W_1, b_1)), W_2, b_2)
+    masked = torch.sigmoid(theta["m"][task]) * x
+    return mlp(masked + mlp(masked))
+
+
+def build(args, model, tasks):
+    """The untrained prompts, masks and network, and a schedule of ones."""
+    visual, (d_text, dim) = model.visual, model.text_projection.shape
+    return MTVLP(len(tasks), args.n_ctx, d_text, visual.class_embedding.shape[0], len(visual.transformer.resblocks), dim,
+                 selection=not args.no_selection).to(model.logit_scale.device)
+
+
+def texts_of(args, tasks):
+    """The tasks' texts `[SOS] shared_1 .. shared_b own_1 .. own_b class name . [EOS]`."""
+    return common.Texts(tasks, 2 * args.n_ctx, owners=list(range(len(tasks))))
+
+
+def losses_of(model, texts, theta, batches):
+    """Every task's mean cross-entropy on selected features, Eq. (3), and on the features as they are (no gradient): [N], [N].
+
+    batches: (images [b, 3, H, W], labels [b]) a task. The texts of all tasks go through their encoder as one batch, and all
+    images through theirs.
+    """
+    with common.autocast(model):
+        text_features = texts.encode(model, text_prompts(theta))                # [C, D] a task
+        image_features = common.encode_batches(model, batches, image_prompts(theta))        # [b, D] a task
+    losses, original = [], []
+    for i, (x, text, (_, labels)) in enumerate(zip(image_features, text_features, batches)):
+        x, text = x.to(theta["m"].dtype), text.to(theta["m"].dtype)             # after autocast
+        losses.append(F.cross_entropy(common.logits(model, select(theta, x, i), text), labels))
+        original.append(F.cross_entropy(common.logits(model, x.detach(), text.detach()), labels))
+    return torch.stack(losses), torch.stack(original)
+
+
+# ------------------------------------------------------------------------------------- the scheduler (Sec. 3.3)
+
+def causal_effect(loss_original, loss_selected):
+    """What selection gains, sigma(exp(L(x) - L(selected x))) in (0.5, 1), Eq. (4). Tensors of one shape, e.g. [N]."""
+    return torch.sigmoid(torch.exp(loss_original - loss_selected))
+
+
+def affinity(grads):
+    """A[i, j] of source task i on target task j, Eq. (5): g_i . g_j / |g_j|^2, clamped to [-1, 1], zero on the diagonal.
+
+    grads: [N, P], the tasks' gradients on the shared prompts. A gradient of zero has no affinity. Returns [N, N].
+    """
+    gram = grads @ grads.t()
+    A = gram / gram.diagonal().clamp(min=torch.finfo(grads.dtype).tiny)
+    return A.clamp(-1, 1).fill_diagonal_(0)
+
+
+def prompt_weights(alpha, effect):
+    """sigma(alpha_i effect_i), the first factor of Eq. (6): [N]."""
+    return torch.sigmoid(alpha * effect)
+
+
+def task_weights(beta, affinity):
+    """sigma(sum_j beta[i, j] A[j, i]), the second factor of Eq. (6): [N]."""
+    return torch.sigmoid((beta * affinity.t()).sum(1))
+
+
+def schedule(alpha, beta, effect, affinity):
+    """The tasks' weights phi [N], Eq. (6), from alpha [N], beta [N, N], effect [N] and affinity [N, N]."""
+    return prompt_weights(alpha, effect) * task_weights(beta, affinity)
+
+
+def weights_of(args, alpha, beta, effect, affinity):
+    """phi [N] of Eq. (6), with a 1 for the factor that an ablation of Table 4 leaves out."""
+    if args.no_task_schedule or args.cagrad:
+        return torch.ones_like(effect) if args.no_prompt_schedule else prompt_weights(alpha, effect)
+    return task_weights(beta, affinity) if args.no_prompt_schedule else schedule(alpha, beta, effect, affinity)
+
+
+def omega_of(args, prompts):
+    """What is learned of Omega, {name: tensor}: alpha and beta, without those whose factor an ablation leaves out."""
+    left_out = dict(alpha=args.no_prompt_schedule, beta=args.no_task_schedule or args.cagrad)
+    return {name: getattr(prompts, name) for name in left_out if not left_out[name]}
+
+
+# ----------------------------------------------------------------------------------- bi-level optimization (Sec. 3.4)
+
+def task_gradients(model, texts, prompts, batches, create_graph=False):
+    """The gradient of every task's loss at all of theta, from one backward pass: ({name: [N, ...]}, losses [N], original [N])."""
+    theta = prompts.copies()
+    losses, original = losses_of(model, texts, theta, batches)
+    names = [name for name, _ in prompts.named_parameters()]
+    grads = torch.autograd.grad(losses.sum(), [theta[name] for name in names], create_graph=create_graph)
+    return dict(zip(names, grads)), losses.detach(), original
+
+
+def on_shared_prompts(grads):
+    """The tasks' gradients on the shared prompts, [N, P]."""
+    return torch.cat([grads["P_l_shared"].flatten(1), grads["P_v_shared"].flatten(1)], dim=1)
+
+
+def scheduled_gradient(phi, grads, theta):
+    """The gradient of sum_i phi_i L_i, Eq. (9), shaped as theta, from phi [N] and the tasks' gradients [N, ...]; phi is constant."""
+    return [torch.einsum("n,n...->n...", phi.detach(), g).sum_to_size(p.shape) for g, p in zip(grads, theta)]
+
+
+def cagrad_gradient(phi, grads, theta):
+    """As `scheduled_gradient`, but shared tensors descend along N times CAGrad's direction (Table 4, MTL-CAGrad)."""
+    rows = [torch.einsum("n,n...->n...", phi, g) for g in grads]
+    shared = [k for k, p in enumerate(theta) if len(p) < len(phi)]
+    if shared:                              # with one task there is nothing to combine
+        direction = len(phi) * common.cagrad(torch.cat([rows[k].flatten(1) for k in shared], dim=1))
+        for k, part in zip(shared, direction.split([theta[k].numel() for k in shared])):
+            rows[k] = part.view_as(theta[k])
+    return rows
+
+
+def hessian_product(phi, grads, theta):
+    """v -> H v on lists of tensors shaped as theta, where H is the Hessian of sum_i phi_i L_i: a double backward pass each."""
+    gradient = scheduled_gradient(phi, grads, theta)
+    return lambda v: torch.autograd.grad(gradient, theta, v, retain_graph=True)
+
+
+def neumann(hvp, v, steps, scale):
+    """scale * sum_{j=0..steps} (I - scale * H)^j v, which tends to H^-1 v: the sum in Eq. (11), with the scale of Lorraine et al.
+
+    v: a list of tensors; hvp maps such a list to H times it. Returns such a list.
+    """
+    term, total = v, v
+    for _ in range(steps):
+        term = [t - scale * h for t, h in zip(term, hvp(term))]
+        total = [a + t for a, t in zip(total, term)]
+    return [scale * a for a in total]
+
+
+def implicit_gradient(theta, grads, dev_grads, phi, omega, steps, scale):
+    """The gradient of the development loss with respect to Omega, Eq. (10)-(11): a list of tensors shaped as omega.
+
+    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] for each, which autograd can differentiate once
+    more; dev_grads: the gradients of the development loss, shaped as theta; phi [N]: a function of the tensors omega.
+    The mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i), as L is linear in phi: a dot product a task.
+    """
+    p = neumann(hessian_product(phi, grads, theta), dev_grads, steps, scale)
+    dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(1) for g, x in zip(grads, p))       # [N]
+    return torch.autograd.grad(phi, omega, -dots)
+
+
+def upper_step(args, model, texts, prompts, batches, dev_batches, effect, A, upper):
+    """Move alpha and beta along the implicit gradient; returns the development losses [N]."""
+    theta = list(prompts.parameters())
+    dev_losses, _ = losses_of(model, texts, prompts.copies(), dev_batches)
+    dev_grads = torch.autograd.grad(dev_losses.sum(), theta)                    # Eq. (8)
+    with sdpa_kernel(SDPBackend.MATH):                                          # fused attention has no second derivative
+        grads, _, _ = task_gradients(model, texts, prompts, batches, create_graph=True)
+    omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
+    phi = weights_of(args, omega.get("alpha"), omega.get("beta"), effect, A)
+    found = implicit_gradient(theta, list(grads.values()), dev_grads, phi, list(omega.values()), args.terms, args.scale)
+    for x, g in zip(omega_of(args, prompts).values(), found):
+        x.grad = g
+    upper.step()
+    return dev_losses.detach()
+
+
+def development(tasks, seed):
+    """(tasks, tasks whose training images are D_v): a dataset's validation set, or 20% of the training images, held out by seed."""
+    training, held_out = [], []
+    for task in tasks:
+        rest, held = (task.train, task.val) if task.val else common.hold_out(task.train, seed)
+        if not len(held):
+            print(f"{task.name}: no training image can be held out for development, so the training images serve", flush=True)
+        training.append(replace(task, train=rest))
+        held_out.append(replace(task, train=held if len(held) else task.train))
+    return training, held_out
+
+
+def endless(batches):
+    """Batches of one epoch after the other; `batches()` starts an epoch."""
+    while True:
+        yield from batches()
+
+
+def stop_at_nan(tasks, losses, where):
+    """Raise UserError with the task whose loss is not finite, and where it happened."""
+    for task, loss in zip(tasks, losses.tolist()):
+        if not math.isfinite(loss):
+            raise common.UserError(f"the loss of {task.name} is {loss} {where}: use a smaller --lr in another --out")
+
+
+def train(args, model, tasks, run, seed):
+    """Algorithm 1; returns the trained prompts, with the schedule that they ended with."""
+    common.seed_everything(seed)
+    prompts, (tasks, held_out) = build(args, model, tasks), development(tasks, seed)
+    theta, omega, texts = list(prompts.parameters()), omega_of(args, prompts), texts_of(args, tasks)
+    lower = torch.optim.SGD(theta, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)          # passes over what gets no gradient
+    start = run.restore(seed, prompts=prompts, lower=lower, upper=upper)
+    tell_schedule(tasks, omega)
+    for epoch in common.progress(range(start, args.epochs), "train"):
+        common.seed_everything(seed, epoch + 1)
+        dev_batches, seen = endless(lambda: common.image_batches(model, held_out, args, seed)), []
+        for step, batches in enumerate(common.image_batches(model, tasks, args, seed), 1):
+            # lower level: update theta with fixed Omega
+            grads, losses, original = task_gradients(model, texts, prompts, batches)
+            stop_at_nan(tasks, losses, f"at step {step} of epoch {epoch + 1}")
+            effect = causal_effect(original, losses)                            # Eq. (4)
+            A = affinity(on_shared_prompts(grads))                              # Eq. (5)
+            phi = weights_of(args, prompts.alpha, prompts.beta, effect, A)      # Eq. (6)
+            combine = cagrad_gradient if args.cagrad else scheduled_gradient
+            for p, g in zip(theta, combine(phi, grads.values(), theta)):        # Eq. (9)
+                p.grad = g
+            lower.step()
+            prompts.steps += 1
+            seen.append((losses, effect, phi, A))
+            # upper level: update Omega with the present theta
+            if omega and prompts.steps % args.upper_every == 0:
+                dev_losses = upper_step(args, model, texts, prompts, batches, next(dev_batches), effect, A, upper)
+                stop_at_nan(tasks, dev_losses, f"on the development images after step {step} of epoch {epoch + 1}")
+        run.checkpoint(seed, epoch + 1, log_row(prompts, *map(torch.stack, zip(*seen))), prompts=prompts, lower=lower, upper=upper)
+    return prompts
+
+
+def log_row(prompts, losses, effects, phis, affinities):
+    """An epoch's row for log.csv from what its steps had ([steps, N] and [steps, N, N]): lists as JSON, in the tasks' order."""
+    prompts.effect, prompts.phi, prompts.affinity = effects.mean(0), phis.mean(0), affinities.mean(0)
+    cell = lambda x: json.dumps(x.double().cpu().round(decimals=5).tolist())
+    return dict(loss=losses.sum(1).mean().item(), losses=cell(losses.mean(0)), effect=cell(prompts.effect), phi=cell(prompts.phi),
+                affinity=cell(prompts.affinity), alpha=cell(prompts.alpha), beta=cell(prompts.beta),
+                batch_effect=cell(effects[:16].t()), batch_phi=cell(phis[:16].t()))     # Figure 4 shows 16 batches
+
+
+def tell_schedule(tasks, omega):
+    if len(tasks) == 1:
+        print("one task: the schedule changes the size of its steps and nothing else")
+    number = sum(x.numel() for x in omega.values())
+    print(f"{number} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart from the prompts", flush=True)
+
+
+def score(args, model, preprocess, tasks, prompts):
+    """Zero-shot CLIP's and the method's accuracy on every task, in per cent; the schedule, and what it was made of at the end."""
+    with torch.no_grad():
+        theta = prompts.copies()
+        text_features, image = texts_of(args, tasks).encode(model, text_prompts(theta)), image_prompts(theta)
+    scores = dict(zero_shot=[], accuracy=[])
+    for i, (task, plain, learned) in enumerate(zip(tasks, common.zero_shot(model, tasks), text_features)):
+        x, labels = common.image_features(model, task.test, preprocess, image[:, i])
+        with torch.no_grad():
+            x = select(theta, x, i)
+        scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain))
+        scores["accuracy"].append(common.evaluate(model, preprocess, task, learned, features=(x, labels)))
+    own = {name: getattr(prompts, name).tolist() for name in ("alpha", "beta", "effect", "affinity", "phi")}
+    return dict(scores, **own, schedule_parameters=sum(x.numel() for x in omega_of(args, prompts).values()))
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+def plot(folder, result):
+    """causal-SEED.png (Figure 4) and schedule-SEED.png (Figure 5; below it alpha, beta and phi by epoch), both from log.csv."""
+    import matplotlib.pyplot as plt
+    names = result["tasks"]
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        rows = [{key: json.loads(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    for seed in result["seeds"]:
+        mine = [row for row in rows if row["seed"] == seed]
+        at = lambda epoch: mine[min(epoch, len(mine)) - 1]                      # of a shorter training the last one
+        figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.2 * len(names)), squeeze=False, layout="tight")
+        for i, name in enumerate(names):
+            for axis, key, says in zip(axes[i], ("batch_effect", "batch_phi"), ("causal effect, Eq. (4)", "weight, Eq. (6)")):
+                for row in (at(1), at(20)):
+                    axis.plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o", label=f"epoch {row['epoch']}")
+                axis.set_title(f"{name}: {says}"), axis.set_xlabel("batch"), axis.legend()
+        figure.savefig(folder / f"causal-{seed}.png", dpi=150)
+        figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="tight")
+        for axis, key in ((axes[0, 0], "losses"), (axes[1, 0], "alpha"), (axes[1, 1], "beta"), (axes[1, 2], "phi")):
+            axis.set_title(key if key != "beta" else "beta, tasks' rows by colour"), axis.set_xlabel("epoch")
+            for i, name in enumerate(names):
+                values = torch.tensor([row[key][i] for row in mine]).view(len(mine), -1)
+                values = values[:, torch.arange(len(names)) != i] if key == "beta" else values      # its diagonal has no part
+                axis.plot([row["epoch"] for row in mine], values, color=f"C{i}", label=name if key != "beta" else None)
+        axes[0, 0].legend()
+        for axis, row in zip(axes[0, 1:], (at(5), at(10))):
+            figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
+            axis.set_xticks(range(len(names)), names, rotation=30), axis.set_yticks(range(len(names)), names)
+            axis.set_title(f"affinity of row on column, epoch {row['epoch']}")
+        figure.savefig(folder / f"schedule-{seed}.png", dpi=150)
+
+
+def main(argv=None):
+    parser = common.arguments("jscpt", __doc__, PAPER, TINY)
+    says = lambda key: f"(default {PAPER[key]}" + (f"; tiny {TINY[key]})" if key in TINY else ")")
+    parser.add_argument("--upper-every", type=int, metavar="M", help="lower steps between two upper steps " + says("upper_every"))
+    parser.add_argument("--upper-lr", type=float, help="learning rate of alpha and beta " + says("upper_lr"))
+    parser.add_argument("--terms", type=int, metavar="H", help="Hessian products in the Neumann series " + says("terms"))
+    parser.add_argument("--scale", type=float, help="scale of the Neumann series (default: the value of --lr)")
+    parser.add_argument("--no-selection", action="store_true", help="masks fixed at 0.5 (Table 4)")
+    parser.add_argument("--no-prompt-schedule", action="store_true", help="weights without the causal effect (Table 4)")
+    parser.add_argument("--no-task-schedule", action="store_true", help="weights without the inter-task affinity (Table 4)")
+    parser.add_argument("--cagrad", action="store_true", help="CAGrad instead of the task schedule (Table 4)")
+    args = common.parse(parser, argv)
+    for key, least in dict(upper_every=1, terms=0).items():
+        if getattr(args, key) < least:
+            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is too small: give {least} or more")
+    for key in ("upper_lr", "scale"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is no rate: give a number above 0")
+    if args.cagrad and args.no_task_schedule:
+        raise common.UserError("--cagrad takes the place of the task schedule already: leave out --no-task-schedule")
+    usual = {**PAPER, **(TINY if args.clip == "tiny" else {}), "scale": args.lr}
+    args.scale = args.scale or args.lr
+    own = "upper_every upper_lr terms scale no_selection no_prompt_schedule no_task_schedule cagrad".split()
+    args.variant = ", ".join(common.said(key, getattr(args, key)) for key in own if getattr(args, key) != usual.get(key, False)) or None
+    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, plot=plot)
+
+
+if __name__ == "__main__":
+    common.script(main)

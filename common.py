@@ -215,31 +215,15 @@ def logits(model, image_features, text_features):
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
-_tasks = load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")      # finding, splitting, reading, batching images
-Task, load_tasks, find_listings, Listing, Images, hold_out = \
-    _tasks.Task, _tasks.load_tasks, _tasks.find_listings, _tasks.Listing, _tasks.Images, _tasks.hold_out
-image_features, view_features, image_batches, epoch_batches, train_transform = \
-    _tasks.image_features, _tasks.view_features, _tasks.image_batches, _tasks.epoch_batches, _tasks.train_transform
-read_image, read_tile, collate, Prepared, Steps = _tasks.read_image, _tasks.read_tile, _tasks.collate, _tasks.Prepared, _tasks.Steps
-PIXEL_MEAN, PIXEL_STD = _tasks.PIXEL_MEAN, _tasks.PIXEL_STD
+load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
+from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, collate,  # noqa: E402, F401
+                                       encode_batches, epoch_batches, find_listings, hold_out, image_batches, image_features, load_tasks,
+                                       read_image, read_tile, train_transform, view_features)
 for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
 
 
 # ------------------------------------------------------------------------------------------------- batches and scoring
-
-def encode_batches(model, batches, prompts):
-    """Image features [b, D] of every task's batch, as a list; all images go through the encoder as one batch.
-
-    batches: (images [b, 3, H, W], labels [b]) a task. prompts: [L, P, n, d], one set for all tasks (P = 1) or one a task.
-    """
-    sizes = [len(labels) for _, labels in batches]
-    if prompts.shape[1] == 1:
-        rows = prompts[:, 0]                                                    # [L, n, d], the same for every image
-    else:
-        rows = torch.cat([prompts[:, i:i + 1].expand(-1, size, -1, -1) for i, size in enumerate(sizes)], dim=1)     # [L, images, n, d]
-    return encode_image(model, torch.cat([images for images, _ in batches]), rows).split(sizes)
-
 
 class Texts:
     """The texts of a multi-task step as one batch for the text encoder; tasks that agree in prompts and names share rows.
@@ -283,6 +267,19 @@ def per_cent_right(scores, labels, metric="accuracy"):
     if metric == "accuracy":
         return 100 * hits.mean().item()
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
+
+
+def task_losses(model, image_features, text_features, batches):
+    """Every task's mean cross-entropy [N], MmAP's Eq. (5), from image features [b, D], text features [C, D] and a batch a task."""
+    return torch.stack([F.cross_entropy(logits(model, x.float(), w.float()), labels)
+                        for x, w, (_, labels) in zip(image_features, text_features, batches)])
+
+
+def score_tasks(model, preprocess, tasks, text_features, prompts):
+    """Zero-shot CLIP's accuracy and that of text features [C, D] with image prompts [L, P, n, d] (P = 1, or one a task), in per cent."""
+    own = [prompts[:, i % prompts.shape[1]] for i in range(len(tasks))]
+    return dict(zero_shot=[evaluate(model, preprocess, task, w) for task, w in zip(tasks, zero_shot(model, tasks))],
+                accuracy=[evaluate(model, preprocess, task, w, p) for task, w, p in zip(tasks, text_features, own)])
 
 
 @torch.no_grad()
@@ -636,6 +633,7 @@ class Run:
         print(f"\nresult, log and prompts are in {self.folder}")
 
 
+MATRICES = ["similarity", "affinity", "transfer"]       # of the tasks: a row is a source, a column a target
 SETTINGS = "method variant data split shots clip epochs lr batch_size n_ctx".split()     # a paper's number is shown where these agree
 
 
@@ -754,6 +752,11 @@ def print_table(result):
     share = 100 * result["trainable_parameters"] / result["clip_parameters"]
     print(f"\n{result['trainable_parameters']:,} trainable parameters, {share:.2f} per cent of CLIP's; accuracy in per cent, "
           f"seeds {' '.join(map(str, result['seeds']))}; trained in {statistics.mean(result['seconds']):.0f} s a seed")
+    for key in [key for key in MATRICES if key in result]:
+        for seed, matrix in zip(result["seeds"], result[key]):
+            print(f"\n{key}, seed {seed} (a row is a source, a column a target in the same order)")
+            for name, row in zip(result["tasks"], matrix):
+                print(name.ljust(widths[0]), "".join(f"{x:10.3g}" for x in row))
 
 
 def plot_run(folder, result, rows, plot=None):
@@ -775,10 +778,12 @@ def plot_run(folder, result, rows, plot=None):
         axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
     axes.set_xlabel("epoch"), axes.set_ylabel("training loss"), axes.legend()
     figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
-    for key in {"similarity", "affinity", "transfer"} & result.keys():
+    for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
             figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
             figure.colorbar(axes.imshow(matrix))
+            for i, j in np.ndindex(len(names), len(names)):
+                axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7, color="white", backgroundcolor="#00000060")
             axes.set_xticks(range(len(names)), names, rotation=90), axes.set_yticks(range(len(names)), names)
             axes.set_title(f"{key}, seed {seed}")
             figure.savefig(folder / f"{key}-{seed}.png", dpi=150, bbox_inches="tight")

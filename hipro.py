@@ -297,6 +297,7 @@ def score(args, model, preprocess, tasks, prompts):
 
 
 def check(args, tasks):
+    """Classifiers are of their tasks: refuse to score them on others."""
     if args.eval and common.load_prompts(args.eval, "hipro")["tasks"] != {task.name: list(task.class_names) for task in tasks}:
         raise common.UserError(f"the classifiers in {args.eval} are of other tasks or classes than those of --data {args.data}: give the "
                                "--data they were trained on")
@@ -317,23 +318,25 @@ def plot(folder, result):
         figure, axes = plt.subplots(figsize=(6, 1 + 0.35 * len(result["tasks"])))
         order, place = leaves(nodes[-1], nodes), {}
         for node in sorted(nodes, key=len):
-            inside = [other for other in nodes if set(other) < set(node)]
-            children = [c for c in inside if not any(set(c) < set(other) for other in inside)]      # the largest ones inside
-            height = max((place[tuple(c)][0] for c in children), default=-1) + 1
-            spots = [place[tuple(c)] for c in children] or [(0, order.index(node[0]))]
-            place[tuple(node)] = height, sum(y for _, y in spots) / len(spots)
-            for x, y in spots if children else []:
+            spots = [place[tuple(c)] for c in children(node, nodes)]
+            height = max((x for x, _ in spots), default=-1) + 1
+            place[tuple(node)] = height, sum(y for _, y in spots) / len(spots) if spots else order.index(node[0])
+            for x, y in spots:
                 axes.plot([x, height, height], [y, y, place[tuple(node)][1]], color="black")
         axes.set_yticks(range(len(order)), order), axes.set_xticks([]), axes.set_title(f"task tree, seed {seed}")
         figure.savefig(folder / f"tree-{seed}.png", dpi=150, bbox_inches="tight")
         plt.close(figure)
 
 
+def children(node, nodes):
+    """The largest nodes inside a node."""
+    inside = [other for other in nodes if set(other) < set(node)]
+    return [c for c in inside if not any(set(c) < set(other) for other in inside)]
+
+
 def leaves(node, nodes):
     """The tasks of a node in the order in which its tree is drawn without crossings."""
-    inside = [other for other in nodes if set(other) < set(node)]
-    children = [c for c in inside if not any(set(c) < set(other) for other in inside)]
-    return [leaf for child in children for leaf in leaves(child, nodes)] or list(node)
+    return [leaf for child in children(node, nodes) for leaf in leaves(child, nodes)] or list(node)
 
 
 def main(argv=None):

@@ -37,6 +37,7 @@ Choices the paper leaves open
 - A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
 """
 import csv
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -140,7 +141,7 @@ def losses_of(model, texts, theta, batches):
         image_features = common.encode_batches(model, batches, image_prompts(theta))        # [b, D] a task
     losses, original = [], []
     for i, (x, text, (_, labels)) in enumerate(zip(image_features, text_features, batches)):
-        x, text = x.to(theta["m"].dtype), text.to(theta["m"].dtype)             # after autocast
+        x, text = x.to(theta["m"].dtype), text.to(theta["m"].dtype)             # float32 after autocast
         losses.append(F.cross_entropy(common.logits(model, select(theta, x, i), text), labels))
         original.append(F.cross_entropy(common.logits(model, x.detach(), text.detach()), labels))
     return torch.stack(losses), torch.stack(original)
@@ -281,12 +282,6 @@ def development(tasks, seed):
     return training, held_out
 
 
-def endless(batches):
-    """Batches of one epoch after the other; `batches()` starts an epoch."""
-    while True:
-        yield from batches()
-
-
 def stop_at_nan(tasks, losses, where):
     """Raise UserError with the task whose loss is not finite, and where it happened."""
     for task, loss in zip(tasks, losses.tolist()):
@@ -305,7 +300,8 @@ def train(args, model, tasks, run, seed):
     tell_schedule(tasks, omega)
     for epoch in common.progress(range(start, args.epochs), "train"):
         common.seed_everything(seed, epoch + 1)
-        dev_batches, seen = endless(lambda: common.image_batches(model, held_out, args, seed)), []
+        epochs = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())
+        dev_batches, seen = itertools.chain.from_iterable(epochs), []           # of D_v, again and again
         for step, batches in enumerate(common.image_batches(model, tasks, args, seed), 1):
             # lower level: update theta with fixed Omega
             grads, losses, original = task_gradients(model, texts, prompts, batches)

@@ -27,7 +27,6 @@ Choices the papers leave open
   smaller task still cycles to the end of the epoch.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -109,8 +108,7 @@ def loss_of(model, texts, prompts, batches):
     with common.autocast(model):
         text_features = texts.encode(model, prompts.text_prompts())             # [C, D] a task
         features = common.encode_batches(model, batches, prompts.image_prompts())
-    return sum(F.cross_entropy(common.logits(model, x.float(), text.float()), labels)
-               for x, text, (_, labels) in zip(features, text_features, batches))
+    return common.task_losses(model, features, text_features, batches).sum()
 
 
 def train(args, model, tasks, run, seed):
@@ -139,11 +137,7 @@ def score(args, model, preprocess, tasks, prompts):
     """Zero-shot CLIP's and the method's accuracy on every task, in per cent."""
     with torch.no_grad():
         text_features, image_prompts = texts_of(args, tasks).encode(model, prompts.text_prompts()), prompts.image_prompts()
-    scores = dict(zero_shot=[], accuracy=[])
-    for i, (task, plain, learned) in enumerate(zip(tasks, common.zero_shot(model, tasks), text_features)):
-        scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain))
-        scores["accuracy"].append(common.evaluate(model, preprocess, task, learned, image_prompts[:, i if args.single_task else 0]))
-    return scores
+    return common.score_tasks(model, preprocess, tasks, text_features, image_prompts)
 
 
 def main(argv=None):

@@ -53,7 +53,6 @@ else:
     import random
 
     import torch
-    import torch.nn.functional as F
     from torch import nn
 
     import common
@@ -283,6 +282,7 @@ def build(args, model, tasks):
 
 
 def check(args, tasks):
+    """Refuse more groups than tasks, and to score prompts on other tasks than theirs."""
     if args.eval and list(common.load_prompts(args.eval, "mmap")["tasks"]) != [task.name for task in tasks]:
         raise common.UserError(f"the prompts in {args.eval} are of other tasks than those of --data {args.data}: give the --data they "
                                "were trained on")
@@ -309,8 +309,7 @@ def losses_of(model, texts, text_prompts, image_prompts, batches):
     with common.autocast(model):
         text_features = texts.encode(model, text_prompts)                       # [C, D] a task
         image_features = common.encode_batches(model, batches, image_prompts)   # [b, D] a task
-    return torch.stack([F.cross_entropy(common.logits(model, x.float(), text.float()), labels)
-                        for x, text, (_, labels) in zip(image_features, text_features, batches)])
+    return common.task_losses(model, image_features, text_features, batches)
 
 
 def choose_groups(args, tasks, similarity, seed):
@@ -336,10 +335,10 @@ def train(args, model, tasks, run, seed):
             prompts.similarity = measure_similarity(args, model, tasks, run, seed, first)
         common.seed_everything(seed, 2 * args.epochs + 2)                       # the start of the second phase, resumed or not
         prompts.set_groups(choose_groups(args, tasks, prompts.similarity, seed))
-        optimizer, schedule = optimizer_of(args, prompts, args.epochs)
     else:
         run.restore(seed, prompts=prompts)
-        optimizer, schedule = optimizer_of(args, prompts, args.epochs)
+    optimizer, schedule = optimizer_of(args, prompts, args.epochs)
+    if done > first:
         run.restore(seed, optimizer=optimizer, schedule=schedule)
     tell_groups(args, tasks, prompts)
     texts = common.Texts(tasks, n_text(args), prompts.owners())
@@ -359,15 +358,9 @@ def train(args, model, tasks, run, seed):
 
 
 def tell_groups(args, tasks, prompts):
-    """Print the groups and the similarity that they come from."""
     named = "  ".join("[" + ", ".join(tasks[i].name for i in group) + "]" for group in prompts.groups())
     if len(tasks) == 1:
         return print("one task: there is nothing to group")
-    if args.grouping == "gradient":
-        width = max(len(task.name) for task in tasks)
-        print("similarity of the tasks' gradients, Eq. (8), averaged over the first phase")
-        for task, row in zip(tasks, prompts.similarity.tolist()):
-            print(" ", task.name.ljust(width), "".join(f"{x:10.3g}" for x in row))
     print(f"groups ({args.grouping}): {named or 'none'}", flush=True)
 
 
@@ -376,11 +369,10 @@ def score(args, model, preprocess, tasks, prompts):
     with torch.no_grad():
         text_features = common.Texts(tasks, n_text(args), prompts.owners()).encode(model, prompts.text_prompts())
         image_prompts = prompts.image_prompts()
-    scores = dict(zero_shot=[], accuracy=[], groups=[[tasks[i].name for i in group] for group in prompts.groups()])
-    for i, (task, plain, learned) in enumerate(zip(tasks, common.zero_shot(model, tasks), text_features)):
-        scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain))
-        scores["accuracy"].append(common.evaluate(model, preprocess, task, learned, image_prompts[:, i]))
-    return dict(scores, similarity=prompts.similarity.tolist()) if args.grouping == "gradient" else scores
+    scores = dict(common.score_tasks(model, preprocess, tasks, text_features, image_prompts),
+                  groups=[[tasks[i].name for i in group] for group in prompts.groups()])
+    measured = args.grouping == "gradient" and len(tasks) > 1
+    return dict(scores, similarity=prompts.similarity.tolist()) if measured else scores
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ the checkpoint that is best on its own validation images. A prompt is a text con
 (`vpt`), or both, tied by a small transformer (`upt`); what CLIP has learned stays frozen.
 
     python mvlpt.py                                                             # built-in benchmark and backbone
-    python mvlpt.py --transferability --plot                                    # the study: transfer.csv, .json and .png
+    python mvlpt.py --transferability --plot                                    # the study: transfer.csv, transfer.json, transfer-1.png
     (elevater12, elevater20 and coop11 are not among the benchmarks yet)
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3  # Table 1, MUPT (--prompt coop: MCoOp; vpt: MVPT)
     python mvlpt.py --data elevater12 --source none --shots 20 --seeds 1 2 3    # ... UPT (CoOp, VPT) from random prompts
@@ -50,7 +50,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -254,8 +253,7 @@ def losses_of(model, texts, prompt, batches):
     with common.autocast(model):
         weights = classifiers(model, texts, text_prompts)                       # [C, D] a task
         features = [x for x, _ in batches] if image_prompts is None else common.encode_batches(model, batches, image_prompts[:, None])
-    return torch.stack([F.cross_entropy(common.logits(model, x.float(), w.float()), labels)
-                        for x, w, (_, labels) in zip(features, weights, batches)])
+    return common.task_losses(model, features, weights, batches)
 
 
 @torch.no_grad()
@@ -400,12 +398,8 @@ def tell_tasks(args, tasks, parts):
 
 
 def tell_groups(args, tasks, prompts):
-    """Print the transfer matrix, if there is one, and the groups."""
+    """Print the groups."""
     names = [task.name for task in tasks]
-    if has_matrix(args, len(tasks)):
-        print("transferability: a row is a source, a column a target in the same order, the best of a column is 1")
-        for name, row in zip(names, transferability(prompts.accuracy).tolist()):
-            print(" ", name.ljust(max(map(len, names))), "".join(f"{x:7.3f}" for x in row))
     if size_of(args, len(tasks)) > 1:
         groups = "  ".join("[" + ", ".join(names[i] for i in group) + "]" for group in prompts.groups.tolist())
         print(f"groups ({args.grouping}), a target first: {groups}", flush=True)
@@ -422,22 +416,6 @@ def score(args, model, preprocess, tasks, prompts):
     if has_matrix(args, len(tasks)):
         scores.update(transfer_accuracy=prompts.accuracy.tolist(), transfer=transferability(prompts.accuracy).tolist())
     return scores
-
-
-def plot(folder, result):
-    """transfer.png: the transfer matrix, averaged over the seeds (Figure 4)."""
-    if "transfer" not in result:
-        return
-    import matplotlib.pyplot as plt
-    names, transfer = result["tasks"], transferability(torch.tensor(result["transfer_accuracy"]).mean(0)).tolist()
-    figure, axes = plt.subplots(figsize=(2 + 0.8 * len(names), 1.5 + 0.8 * len(names)))
-    figure.colorbar(axes.imshow(transfer, cmap="Blues"), label="relative performance")
-    for i, row in enumerate(transfer):
-        for j, x in enumerate(row):
-            axes.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8, color="black" if x < 0.7 else "white")
-    axes.set_xticks(range(len(names)), names, rotation=90), axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("target task"), axes.set_ylabel("source task")
-    figure.savefig(folder / "transfer.png", dpi=150, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -495,7 +473,7 @@ def main(argv=None):
         args.source = "none"
     usual = dict(prompt="upt", source=None, init=None, adapt_epochs=args.epochs, group_size=1, grouping="best")
     args.variant = ", ".join(common.said(key, getattr(args, key)) for key in usual if getattr(args, key) != usual[key]) or None
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=args.prompt != "coop", check=check, plot=plot)
+    common.run_seeds(args, build, train, score, n_text(args), image_prompts=args.prompt != "coop", check=check)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Choices the papers leave open
   smaller task still cycles to the end of the epoch.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -69,8 +68,7 @@ def loss_of(model, text_features, prompts, batches):
     """
     with common.autocast(model):
         features = common.encode_batches(model, batches, prompts.image_prompts())
-    return sum(F.cross_entropy(common.logits(model, x.float(), text.float()), labels)
-               for x, text, (_, labels) in zip(features, text_features, batches))
+    return common.task_losses(model, features, text_features, batches).sum()
 
 
 def train(args, model, tasks, run, seed):
@@ -97,12 +95,7 @@ def train(args, model, tasks, run, seed):
 
 def score(args, model, preprocess, tasks, prompts):
     """Zero-shot CLIP's and the method's accuracy on every task, in per cent; both use the same texts."""
-    scores = dict(zero_shot=[], accuracy=[])
-    for i, (task, text) in enumerate(zip(tasks, common.zero_shot(model, tasks))):
-        learned = prompts.image_prompts()[:, i if args.single_task else 0]
-        scores["zero_shot"].append(common.evaluate(model, preprocess, task, text))
-        scores["accuracy"].append(common.evaluate(model, preprocess, task, text, learned))
-    return scores
+    return common.score_tasks(model, preprocess, tasks, common.zero_shot(model, tasks), prompts.image_prompts())
 
 
 def main(argv=None):

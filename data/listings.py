@@ -287,3 +287,16 @@ def view_features(model, images, n_views, min_crop=0.08):
     """
     features, labels = image_features(model, images, train_transform(model, min_crop), copies=n_views)
     return features.reshape(n_views, len(images), -1), labels
+
+
+def encode_batches(model, batches, prompts):
+    """Image features [b, D] of every task's batch, as a list; all images go through the encoder as one batch.
+
+    batches: (images [b, 3, H, W], labels [b]) a task. prompts: [L, P, n, d], one set for all tasks (P = 1) or one a task.
+    """
+    sizes = [len(labels) for _, labels in batches]
+    if prompts.shape[1] == 1:
+        rows = prompts[:, 0]                                                    # [L, n, d], the same for every image
+    else:
+        rows = torch.cat([prompts[:, i:i + 1].expand(-1, size, -1, -1) for i, size in enumerate(sizes)], dim=1)     # [L, images, n, d]
+    return encode_image(model, torch.cat([images for images, _ in batches]), rows).split(sizes)

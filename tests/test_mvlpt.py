@@ -507,12 +507,12 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(backbone, tmp_pa
     data = make_tree(tmp_path / "shapes", {f"{d}/{c}": 7 for d in ("drawn", "painted", "photo") for c in ("cup", "hat")})
     words = ["--data", data, "--shots", 5, "--clip", backbone, "--epochs", 1, "--prompt", "coop", "--n-ctx", 2, "--views", 1, "--plot"]
     mvlpt.main([str(word) for word in [*words, "--transferability", "--out", tmp_path / "study"]])
-    assert (tmp_path / "study" / "transfer.png").stat().st_size > 5000
+    assert (tmp_path / "study" / "transfer-1.png").stat().st_size > 5000
     study = json.loads((tmp_path / "study" / "result.json").read_text())
     matrix = tmp_path / "study" / "transfer.json"
     mvlpt.main([str(word) for word in [*words, "--group-size", 2, "--grouping", "worst", "--transfer", matrix, "--out", tmp_path / "run"]])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["transfer"] == study["transfer"] and "transferability" in capsys.readouterr().out
+    assert result["transfer"] == study["transfer"] and "transfer, seed 1 (a row is a source" in capsys.readouterr().out
     assert [group[0] for group in result["groups"][0]] == result["tasks"] and all(len(group) == 2 for group in result["groups"][0])
     refused(*words, "--group-size", 2, "--transfer", tmp_path / "study" / "log.csv", says=["log.csv", "transfer.json"], folder=tmp_path)
     broken = json.loads(matrix.read_text())

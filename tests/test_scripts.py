@@ -10,6 +10,8 @@ import time
 import pytest
 from conftest import ROOT, make_tree, numbers, run_script
 
+import common
+
 METHODS = {         # a method's own words; after how many epochs it is killed; its numbers for 2 tasks at `tiny` with b = 4
     "coop_mt": ([], [7], 4 * 128),
     "vpt_mt": ([], [7], 6 * 4 * 192),
@@ -87,6 +89,22 @@ def test_killed_and_resumed_ends_where_it_would_have_ended(whole, tmp_path):
         assert resumed.returncode == 0, resumed.stderr
         assert numbers(broken) == numbers(out)
         assert (broken / "log.csv").read_text() == (out / "log.csv").read_text()
+
+
+@pytest.mark.parametrize("method, changes, shown", [
+    ("jscpt", {}, ("JSCPT, Table 1", "86.5 ± 0.3")), ("jscpt", dict(variant="with --cagrad"), ("JSCPT, Table 4", "85.6")),
+    ("jscpt", dict(variant="with --scale 1"), None), ("jscpt", dict(lr=0.01), None), ("jscpt", dict(n_ctx=4), None),
+    ("jscpt", dict(batch_size=4), None), ("jscpt", dict(validate=True), None),
+    ("mmap", dict(epochs=5, lr=0.0035), ("MmAP, Table 1", "86.5 ± 0.6")),
+    ("hipro", dict(clip="RN50", epochs=100, lr=0.001, batch_size=20), ("HiPro, Table 1", "78.5 ± 0.2"))])
+def test_a_papers_number_stands_beside_a_run_with_its_settings_and_no_other(capsys, method, changes, shown):
+    tasks = ["Art", "Clipart", "Product", "Real World"]
+    result = dict(method=method, variant=None, data="officehome", split=0.1, shots=None, clip="ViT-B/16", epochs=50, lr=0.0015, batch_size=16,
+                  n_ctx=16, validate=False, seeds=[1], tasks=tasks, zero_shot=dict.fromkeys(tasks, 80.0), accuracy=dict.fromkeys(tasks, [81.0]),
+                  average=[81.0], trainable_parameters=1, clip_parameters=2, seconds=[1.0])
+    common.print_table(dict(result, **changes))
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in shown) if shown else "Table" not in printed
 
 
 @pytest.mark.slow

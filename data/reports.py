@@ -1,0 +1,87 @@
+"""What a run ends with: the contents of result.json, the closing table, the pictures. `common` passes these names on."""
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+PAPERS = Path(__file__).with_name("paper_results.json")
+MATRICES = ["similarity", "affinity", "transfer"]       # of the tasks: a row is a source, a column a target
+SETTINGS = "method variant data split shots clip epochs lr batch_size n_ctx".split()     # a paper's number is shown where these agree
+
+
+def gather(settings, tasks, model, finished):
+    """What result.json holds, from the scores of every seed. A key that a method adds becomes a list, an entry a seed."""
+    names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
+    shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
+    return dict({key: settings.get(key) for key in (*SETTINGS, "seeds", "validate")}, tasks=names,
+                zero_shot={n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)},
+                accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
+                average=[statistics.mean(d["accuracy"]) for d in done], trainable_parameters=done[0]["trainable_parameters"],
+                clip_parameters=sum(p.numel() for p in model.parameters()), seconds=[d["seconds"] for d in done],
+                **{key: [d[key] for d in done] for key in done[0] if key not in shared})
+
+
+def mean_std(values):
+    """`85.2 ± 0.4` from per cents over seeds (sample standard deviation), or `85.2` from one."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def print_table(result):
+    """The closing table: a row a task and the average; zero-shot CLIP, the method, the paper's number where there is one."""
+    papers = json.loads(PAPERS.read_text(encoding="utf-8"))["columns"]
+    same = lambda paper: all(paper.get(key) == result.get(key) for key in SETTINGS)
+    paper = next((p for p in papers if same(p) and not result["validate"]), None)
+    rows = [[name, f"{result['zero_shot'][name]:.1f}", mean_std(result["accuracy"][name])] for name in result["tasks"]]
+    rows.append(["average", f"{statistics.mean(result['zero_shot'].values()):.1f}", mean_std(result["average"])])
+    head = ["", "zero-shot", result["method"]]
+    if paper:
+        head.append(f"{paper['paper']}, {paper['table']}")
+        for row in rows:
+            row.append(paper["results"].get(row[0], ""))
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    print()
+    for row in [head, *rows]:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    share = 100 * result["trainable_parameters"] / result["clip_parameters"]
+    print(f"\n{result['trainable_parameters']:,} trainable parameters, {share:.2f} per cent of CLIP's; accuracy in per cent, "
+          f"seeds {' '.join(map(str, result['seeds']))}; trained in {statistics.mean(result['seconds']):.0f} s a seed")
+    for key in [key for key in MATRICES if key in result]:
+        for seed, matrix in zip(result["seeds"], result[key]):
+            print(f"\n{key}, seed {seed} (a row is a source, a column a target in the same order)")
+            for name, row in zip(result["tasks"], matrix):
+                print(name.ljust(widths[0]), "".join(f"{x:10.3g}" for x in row))
+
+
+def plot_run(folder, result, rows, plot=None):
+    """accuracy.png (zero-shot and method by task), loss.png (training loss by epoch) and a picture of each matrix of tasks."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names, width = result["tasks"], 0.4
+    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(names), 4))
+    means = [statistics.mean(result["accuracy"][n]) for n in names]
+    spreads = [statistics.stdev(result["accuracy"][n]) if len(result["seeds"]) > 1 else 0 for n in names]
+    axes.bar([i - width / 2 for i in range(len(names))], [result["zero_shot"][n] for n in names], width, label="zero-shot CLIP")
+    axes.bar([i + width / 2 for i in range(len(names))], means, width, yerr=spreads, label=result["method"])
+    axes.set_xticks(range(len(names)), names, rotation=20), axes.set_ylabel("accuracy (%)"), axes.legend()
+    figure.savefig(folder / "accuracy.png", dpi=150, bbox_inches="tight")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for seed in result["seeds"]:
+        points = [(row["epoch"], row["loss"]) for row in rows if row["seed"] == seed and "loss" in row]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
+    axes.set_xlabel("epoch"), axes.set_ylabel("training loss"), axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
+    for key in [key for key in MATRICES if key in result]:
+        for seed, matrix in zip(result["seeds"], result[key]):
+            figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
+            figure.colorbar(axes.imshow(matrix))
+            for i, j in np.ndindex(len(names), len(names)):
+                axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7, color="white", backgroundcolor="#00000060")
+            axes.set_xticks(range(len(names)), names, rotation=90), axes.set_yticks(range(len(names)), names)
+            axes.set_title(f"{key}, seed {seed}")
+            figure.savefig(folder / f"{key}-{seed}.png", dpi=150, bbox_inches="tight")
+    if plot:
+        plot(folder, result)
+    plt.close("all")

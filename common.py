@@ -342,6 +342,9 @@ def cagrad(grads, c=0.5, steps=300):
 
 # ---------------------------------------------------------------------------------------------- command line and runs
 
+BUILT_IN = dict(emoji=0.1, fxemoji=0.25)        # the data that come along, and how much of each class is trained on
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -355,7 +358,7 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="NAME|DIR", help="emoji, officehome, pacs, cifar100, a folder domain/class/*.jpg, or name=path for a folder "
+    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, cifar100, a folder domain/class/*.jpg, or name=path for a folder "
         "class/*.jpg that makes one task; several joined by commas (default emoji)")
     add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
     add("--shots", type=int, help="images of each class to train on, instead of --split")
@@ -401,15 +404,16 @@ def parse(parser, argv=None):
             args.split, args.shots = given.get("split"), given.get("shots")
     fill = lambda key, value: setattr(args, key, value) if getattr(args, key) is None else None
     fill("data", "emoji")
-    fill("clip", "tiny" if args.data == "emoji" else paper["clip"])
+    fill("clip", "tiny" if args.data in BUILT_IN else paper["clip"])
     check_clip(args.clip)
     for key, value in {**paper, **(tiny if args.clip == "tiny" else {})}.items():
         fill(key, value)
     if args.split is None and args.shots is None:
-        if args.data != "emoji" and not args.download:
-            find_listings(args.data, args.root or "data")                       # tells of a misspelt name first
+        if args.data not in BUILT_IN:
+            if not args.download:
+                find_listings(args.data, args.root or "data")                   # tells of a misspelt name first
             raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, such as --shots 4")
-        args.split = 0.1
+        args.split = BUILT_IN[args.data]
     fill("seeds", [1]), fill("root", "data"), fill("device", "cuda" if torch.cuda.is_available() else "cpu")
     for key, least in dict(epochs=1, batch_size=1, n_ctx=1, views=0).items():
         if getattr(args, key) < least:

@@ -7,6 +7,8 @@ import difflib
 import json
 from pathlib import Path
 
+from PIL import Image, ImageFilter, ImageOps
+
 import common
 from common import Listing, UserError, read_tile
 
@@ -34,15 +36,28 @@ def find(name, root):
 
 def emoji(root):
     """The built-in benchmark: 4 drawing styles x 58 classes. All drawings of one emoji fall on the same side of a split."""
+    styles = {"Noto": "noto", "Twemoji": "twemoji", "Fluent": "fluent", "High Contrast": "high_contrast"}
+    return drawings("classes", {style: (file, read_tile) for style, file in styles.items()})
+
+
+def fxemoji(root):
+    """Four looks of a fifth style, FxEmoji, to choose the built-in backbone's settings on: no method is tested on it."""
+    looks = {"FxEmoji": lambda x: x, "Grey": lambda x: x.convert("L").convert("RGB"),
+             "Other Colours": lambda x: Image.merge("RGB", [x.getchannel(c) for c in "GBR"]),
+             "Outlines": lambda x: ImageOps.invert(x.convert("L").filter(ImageFilter.FIND_EDGES)).convert("RGB")}
+    return drawings("fxemoji", {look: ("fxemoji", lambda item, change=change: change(read_tile(item))) for look, change in looks.items()})
+
+
+def drawings(classes, tasks):
+    """A listing a task from the pictures in data/emoji: {task: (picture, how a drawing is read)}."""
     here = Path(__file__).resolve().parent / "emoji"
-    classes = json.loads((here / "classes.json").read_text(encoding="utf-8"))
+    classes = json.loads((here / f"{classes}.json").read_text(encoding="utf-8"))
     numbers, start = [], 0
     for members in classes.values():
         numbers.append(range(start, start + len(members)))
         start += len(members)
-    styles = {"Noto": "noto", "Twemoji": "twemoji", "Fluent": "fluent", "High Contrast": "high_contrast"}
-    return [Listing(style, list(classes), "a drawing of a {}", [[(str(here / f"{file}.webp"), i) for i in r] for r in numbers],
-                    draw="emoji", read=read_tile) for style, file in styles.items()]
+    return [Listing(task, list(classes), "a drawing of a {}", [[(str(here / f"{file}.webp"), i) for i in r] for r in numbers],
+                    draw="emoji", read=read) for task, (file, read) in tasks.items()]
 
 
 def officehome(root):
@@ -56,7 +71,7 @@ def pacs(root):
     return named_domains(root, "PACS", ["pacs/images", "PACS/images", "pacs", "PACS"], ["Art Painting", "Cartoon", "Photo", "Sketch"])
 
 
-BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100}
+BENCHMARKS = {"emoji": emoji, "fxemoji": fxemoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100}
 DOWNLOADS = {"cifar100": groups.download_cifar100}
 
 

@@ -5,10 +5,13 @@
     python data/make_emoji.py --npm /tmp/npm                # writes data/emoji/ and data/contact_sheet.png
 
 A task is a drawing style and has one picture: all its drawings, 64 x 64 pixels each, 40 a row, in the order of
-`classes.json`, the same in all four. Emoji number i is thus the tile in row i // 40, column i % 40, of every style.
+`classes.json`, the same in all four. Emoji number i is thus the tile in row i // 40, column i % 40, of every style. A fifth style,
+FxEmoji, is stored in the same way beside them (`fxemoji.webp`, `fxemoji.json`), as far as it draws the same emoji: settings are
+chosen on it.
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from collect_drawings import SIZE, icon_svgs, render  # noqa: E402
+from collect_drawings import HELD_OUT, SIZE, emoji_index, icon_svgs, render  # noqa: E402
 
 HERE = Path(__file__).resolve().parent / "emoji"
 COLUMNS = 40
@@ -129,6 +132,35 @@ def select(rule, by_label, by_subgroup):
     return chosen - {by_label[label]["hexcode"] for label in split(leave)}
 
 
+def save_sheet(svgs, file):
+    """Draw SVGs into one picture, in their order."""
+    sheet = np.full((-(-len(svgs) // COLUMNS) * SIZE, COLUMNS * SIZE, 3), 255, np.uint8)
+    for i, svg in enumerate(svgs):
+        row, column = i // COLUMNS * SIZE, i % COLUMNS * SIZE
+        sheet[row:row + SIZE, column:column + SIZE] = render(svg)
+    Image.fromarray(sheet).save(HERE / f"{file}.webp", lossless=True, quality=100, method=6)
+
+
+def save_classes(classes, file):
+    content = {name: [[x["hexcode"], x["label"]] for x in members] for name, members in classes.items()}
+    (HERE / f"{file}.json").write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def save_fifth_style(npm, classes):
+    """FxEmoji's drawings of the benchmark's emoji, found by name; classes of which it draws fewer than three are left out."""
+    _, index = emoji_index(npm)
+    drawings = {}
+    for key, svg in icon_svgs(npm, HELD_OUT):
+        entry = index.get(key) or index.get(re.sub(r"-\d+$", "", key)) or index.get(key.replace("-", ""))
+        if entry:
+            drawings.setdefault(entry["hexcode"], svg)
+    found = {name: [x for x in members if x["hexcode"] in drawings] for name, members in classes.items()}
+    found = {name: members for name, members in found.items() if len(members) >= 3}
+    save_sheet([drawings[x["hexcode"]] for members in found.values() for x in members], HELD_OUT)
+    save_classes(found, HELD_OUT)
+    print(HELD_OUT, "draws", sum(map(len, found.values())), "of them in", len(found), "classes")
+
+
 def contact_sheet(classes):
     """A picture of 16 classes, a column each, in the four styles, a row each."""
     shown = list(classes)[::3][:16]
@@ -172,19 +204,14 @@ def main():
         assert 6 <= len(classes[name]) <= 80, (name, len(classes[name]))
 
     HERE.mkdir(exist_ok=True)
+    save_fifth_style(npm, classes)
     order = [x for members in classes.values() for x in members]
     for style, prefix in STYLES.items():
         svgs = dict(icon_svgs(npm, prefix))
         aliases = json.loads((npm / f"@iconify/json/json/{prefix}.json").read_text()).get("aliases", {})
-        sheet = np.full((-(-len(order) // COLUMNS) * SIZE, COLUMNS * SIZE, 3), 255, np.uint8)
-        for i, x in enumerate(order):
-            name = drawn[style][plain(x["hexcode"])]
-            tile = render(svgs[aliases[name]["parent"] if name in aliases else name])
-            row, column = i // COLUMNS * SIZE, i % COLUMNS * SIZE
-            sheet[row:row + SIZE, column:column + SIZE] = tile
-        Image.fromarray(sheet).save(HERE / f"{style.lower().replace(' ', '_')}.webp", lossless=True, quality=100, method=6)
-    (HERE / "classes.json").write_text(json.dumps({name: [[x["hexcode"], x["label"]] for x in members]
-                                                   for name, members in classes.items()}, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        names = [drawn[style][plain(x["hexcode"])] for x in order]
+        save_sheet([svgs[aliases[name]["parent"] if name in aliases else name] for name in names], style.lower().replace(" ", "_"))
+    save_classes(classes, "classes")
     contact_sheet(classes)
     print(len(classes), "classes,", len(order), "emoji in each of", len(STYLES), "styles")
     for name, members in classes.items():

@@ -104,7 +104,7 @@ def test_a_misspelt_dataset_suggests_the_nearest(refused, word, meant, more):
 
 
 def test_a_dataset_like_no_other_is_answered_with_the_list(refused):
-    refused("--data", "zzz", "--split", 0.1, says=["--data zzz ", "emoji, officehome, pacs, cifar100"])
+    refused("--data", "zzz", "--split", 0.1, says=["--data zzz ", "emoji, fxemoji, officehome, pacs, cifar100"])
 
 
 def test_a_mistake_is_one_line_in_a_real_process_too(tmp_path):

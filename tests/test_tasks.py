@@ -45,6 +45,17 @@ def test_all_drawings_of_one_emoji_fall_on_the_same_side():
     assert all(n == numbers[0] for n in numbers) and not numbers[0][0] & numbers[0][1]
 
 
+def test_fxemoji_is_four_looks_of_the_same_drawings_of_a_fifth_style():
+    tasks, benchmark = common.load_tasks("fxemoji", split=0.25), common.load_tasks("emoji", split=0.25)[0]
+    assert set(tasks[0].class_names) < set(benchmark.class_names) and min(Counter(tasks[0].test.labels).values()) >= 2
+    assert all(sides(t) == sides(tasks[0]) and t.class_names == tasks[0].class_names for t in tasks)
+    plain, grey, other, lines = (t.test[40][0] for t in tasks)
+    assert plain.convert("L").convert("RGB").tobytes() == grey.tobytes()
+    assert [c.tobytes() for c in plain.split()] == [other.split()[k].tobytes() for k in (2, 0, 1)]
+    share = lambda image: sum(image.convert("L").histogram()[200:]) / 64 ** 2
+    assert lines.convert("L").convert("RGB").tobytes() == lines.tobytes() and share(lines) > share(grey)
+
+
 def test_a_split_takes_its_fraction_of_every_class_rounded_and_at_least_one():
     whole = {t.name: Counter(t.train.labels) + Counter(t.test.labels) for t in common.load_tasks("emoji", split=0.5)}
     for t in common.load_tasks("emoji", split=0.1):

@@ -32,8 +32,10 @@ Choices the paper leaves open
   moves alpha and beta by Adam. The Neumann series needs a scale s, s sum_j (I - s Hessian)^j (Lorraine et al., AISTATS 2020);
   it is the lower learning rate.
 - CAGrad combines the gradients of all shared numbers, weighted by the prompts' factor of Eq. (6); times N, to be a sum.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see. Prompts start at N(0, 0.02), the
-  network as PyTorch's linear layers do: selected features know nothing of CLIP's classes until it has learned.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see. Prompts start at N(0, 0.02). Eq. (2)
+  has no residual, so with a network of random weights the selected features would know nothing of CLIP's classes. It starts as the
+  projection onto the 32 directions that hold most of the class names' zero-shot text features; Eq. (2) then passes that part of the
+  features on as it is.
 - A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
 """
 import csv
@@ -63,6 +65,7 @@ PAPER = dict(                       # Sec. 4.1, "Implementation details"
 TINY = dict(epochs=20, lr=0.01, batch_size=8, min_crop=0.6, upper_every=5, upper_lr=0.05)       # the built-in backbone's; a first guess
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 HIDDEN = 32                         # of the selection network: what the paper's 0.203 M numbers a task leave room for
+OPEN = 5.0                          # the hidden units' first bias: CLIP's features are about 10 long, so ReLU cuts off nothing yet
 
 
 # ------------------------------------------------------------------------------- prompts and selection (Sec. 3.2)
@@ -73,16 +76,19 @@ class MTVLP(nn.Module):
     Every tensor of theta has the tasks first: a task's own ones [N, ...], shared ones [1, ...].
     """
 
-    def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, dim, selection=True):
-        """dim: D, the width of the features. selection: whether the masks are learned, or stay at 0.5."""
+    def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, V, selection=True):
+        """V [32, D]: orthonormal directions that the selection network passes on at first.
+
+        selection: whether the masks are learned, or stay at 0.5.
+        """
         super().__init__()
-        first, second = nn.Linear(dim, HIDDEN), nn.Linear(HIDDEN, dim)
+        dim = V.shape[1]
         self.P_l_shared = nn.Parameter(0.02 * torch.randn(1, n_ctx, d_text))
         self.P_v_shared = nn.Parameter(0.02 * torch.randn(1, n_layers, n_ctx, d_image))
         self.P_l = nn.Parameter(0.02 * torch.randn(n_tasks, n_ctx, d_text))
         self.P_v = nn.Parameter(0.02 * torch.randn(n_tasks, n_layers, n_ctx, d_image))
-        self.W_1, self.b_1 = nn.Parameter(first.weight.data[None]), nn.Parameter(first.bias.data[None])         # [1, 32, D], [1, 32]
-        self.W_2, self.b_2 = nn.Parameter(second.weight.data[None]), nn.Parameter(second.bias.data[None])       # [1, D, 32], [1, D]
+        self.W_1, self.b_1 = nn.Parameter(V[None]), nn.Parameter(torch.full((1, len(V)), OPEN))                 # [1, 32, D], [1, 32]
+        self.W_2, self.b_2 = nn.Parameter(V.t()[None].clone()), nn.Parameter(-OPEN * V.sum(0)[None])            # [1, D, 32], [1, D]
         if selection:
             self.m = nn.Parameter(torch.zeros(n_tasks, dim))
         else:
@@ -120,8 +126,10 @@ def select(theta, x, task):
 
 def build(args, model, tasks):
     """The untrained prompts, masks and network, and a schedule of ones."""
-    visual, (d_text, dim) = model.visual, model.text_projection.shape
-    return MTVLP(len(tasks), args.n_ctx, d_text, visual.class_embedding.shape[0], len(visual.transformer.resblocks), dim,
+    visual, d_text = model.visual, len(model.text_projection)
+    words = F.normalize(torch.cat(common.zero_shot(model, tasks)), dim=-1)
+    V = torch.linalg.svd(words).Vh[:HIDDEN].clone().cpu()                       # where the class names' features lie
+    return MTVLP(len(tasks), args.n_ctx, d_text, visual.class_embedding.shape[0], len(visual.transformer.resblocks), V,
                  selection=not args.no_selection).to(model.logit_scale.device)
 
 

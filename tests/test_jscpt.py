@@ -80,6 +80,18 @@ def test_selection_by_hand():
     assert jscpt.select(theta, torch.tensor([[2.0, -4.0]]), 0).tolist() == [[9.0, 0.0]]
 
 
+def test_the_network_starts_as_a_projection_onto_the_class_names_features(vit_b16):
+    tasks = small_tasks(*"abcd")
+    prompts, words = jscpt.build(settings(), vit_b16, tasks), F.normalize(torch.cat(common.zero_shot(vit_b16, tasks)), dim=-1)
+    theta = {name: x.detach() for name, x in prompts.copies().items()}
+    assert torch.allclose(jscpt.select(theta, 4 * words, 2), 4 * words, atol=1e-4)          # fewer names than directions
+    x = F.normalize(torch.randn(50, 512), dim=-1)
+    y = jscpt.select(theta, 10 * x, 0) / 10
+    across = torch.linalg.svdvals(y)
+    assert torch.allclose(across, torch.cat([across[:32], torch.zeros(18)]), atol=1e-4)     # 32 directions are left
+    assert torch.allclose((y * x).sum(1), y.pow(2).sum(1), atol=1e-4)                       # and nothing is added: y is a projection
+
+
 def test_losses_of_all_tasks_in_one_pass_equal_those_computed_one_by_one(three):
     model, tasks, prompts, batches = three
     losses, original = jscpt.losses_of(model, jscpt.texts_of(settings(), tasks), prompts.copies(), batches)
@@ -453,7 +465,7 @@ def test_the_losses_run_on_cuda():
     tasks = small_tasks("a", "b")
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
-            model, prompts = CLIP(**TINY).eval(), jscpt.MTVLP(2, 2, 64, 64, 3, 32)
+            model, prompts = CLIP(**TINY).eval(), jscpt.MTVLP(2, 2, 64, 64, 3, torch.eye(32))
             batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)) for _ in "ab"]
         losses, original = jscpt.losses_of(model, jscpt.texts_of(settings(), tasks), prompts.copies(), batches)
         assert losses.device.type == original.device.type == "cuda" and losses.shape == (2,)

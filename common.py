@@ -534,7 +534,7 @@ class Run:
     scores of finished seeds included.
     """
     latest = None
-    FREE = {"out", "plot", "device", "root", "download", "compile", "max_mem"}             # settings that a resumed run may change
+    FREE = {"out", "plot", "device", "root", "download", "compile", "max_mem"}   # settings that a resumed run may change
 
     def __init__(self, args):
         self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}

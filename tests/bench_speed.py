@@ -1,8 +1,8 @@
-"""What a training step and an evaluation of each method cost: `python tests/bench_speed.py [--method coop_mt] [--clip ViT-B/16] [--device cpu]`.
+"""What a training step and an evaluation cost: `python tests/bench_speed.py [--method coop_mt] [--clip ViT-B/16] [--device cpu]`.
 
-Random weights of the size of ViT-B/16 (or `--clip tiny`), 4 tasks of Office-Home's 65 class names, 4 images a task on a CPU and 16 on
-a card. A row a method: milliseconds of a training step, images a second in an evaluation, the memory that a step adds to the model's,
-and the ratio of each to its floor. The floor is the clip package's own layers over as many rows of as many tokens as the method's
+Random weights of the size of ViT-B/16 (or `--clip tiny`), 4 tasks of Office-Home's 65 class names, 4 images a task on a CPU and 16
+on a card. A row a method: milliseconds of a training step, images a second in an evaluation, the memory that a step adds to the
+model's, and the ratio of each to its floor. The floor is the clip package's own layers over as many rows of as many tokens as the method's
 encoders saw, prompts counted, in the same run and in turns with it: forward, and backward to what enters the first layer, where the
 method trains through that encoder; of an evaluation, forward. Best of `--repeats`. On a CPU the memory is that of a process
 for each measurement. Targets: 1.3 for a step and its memory, 1.1 for an evaluation. 5 to 10 minutes on 2 idle cores.
@@ -25,11 +25,12 @@ from conftest import VIT_B16, random_clip  # noqa: E402
 
 listings = sys.modules["multitask_prompt_listings"]
 METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
-OFFICE_HOME = """Alarm Clock, Backpack, Batteries, Bed, Bike, Bottle, Bucket, Calculator, Calendar, Candles, Chair, Clipboards, Computer,
-Couch, Curtains, Desk Lamp, Drill, Eraser, Exit Sign, Fan, File Cabinet, Flipflops, Flowers, Folder, Fork, Glasses, Hammer, Helmet, Kettle,
-Keyboard, Knives, Lamp Shade, Laptop, Marker, Monitor, Mop, Mouse, Mug, Notebook, Oven, Pan, Paper Clip, Pen, Pencil, Postit Notes, Printer,
-Push Pin, Radio, Refrigerator, Ruler, Scissors, Screwdriver, Shelf, Sink, Sneakers, Soda, Speaker, Spoon, TV, Table, Telephone, Toothbrush,
-Toys, Trash Can, Webcam""".replace("\n", " ").lower().split(", ")
+OFFICE_HOME = """Alarm Clock, Backpack, Batteries, Bed, Bike, Bottle, Bucket, Calculator, Calendar, Candles, Chair, Clipboards,
+Computer, Couch, Curtains, Desk Lamp, Drill, Eraser, Exit Sign, Fan, File Cabinet, Flipflops, Flowers, Folder,
+Fork, Glasses, Hammer, Helmet, Kettle, Keyboard, Knives, Lamp Shade, Laptop, Marker, Monitor, Mop, Mouse, Mug,
+Notebook, Oven, Pan, Paper Clip, Pen, Pencil, Postit Notes, Printer, Push Pin, Radio, Refrigerator, Ruler,
+Scissors, Screwdriver, Shelf, Sink, Sneakers, Soda, Speaker, Spoon, TV, Table, Telephone, Toothbrush, Toys,
+Trash Can, Webcam""".replace("\n", " ").lower().split(", ")
 FLAGS = dict(single_task=False, depth=None, no_specific=False, adapt_epochs=1, init=None, eval=None, seeds=[1], no_selection=False,
              no_prompt_schedule=False, no_task_schedule=False, cagrad=False, transferability=False)
 
@@ -203,7 +204,8 @@ def row_of(words, name):
         peaks = megabytes(words.device, step), megabytes(words.device, floor)
     else:
         call = [sys.executable, __file__, "--method", name, "--clip", words.clip, "--device", words.device, "--peak"]
-        peaks = [float(subprocess.run([*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True, check=True).stdout) for rows in ([], seen)]
+        peaks = [float(subprocess.run([*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+                 for rows in ([], seen)]
     return [times[0], times[0] / times[1], 1000 * len(tasks[0].test) / times[2], times[2] / times[3], peaks[0],
             peaks[0] / peaks[1] if peaks[1] else float("nan")]
 

@@ -1,4 +1,4 @@
-"""What makes the methods fast, small or less precise changes no result: pieces, passes, views, images in memory; compilation; bfloat16."""
+"""What makes the methods fast and small changes no result: pieces, passes, views, images in memory, compilation; and bfloat16."""
 import sys
 import types
 

@@ -128,7 +128,7 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(method, word
     moments = random.Random(method)
     while kills < 20 or not (out / "result.json").exists():
         again = (out / "settings.json").exists()
-        process = started(f"{method}.py", *(["--resume"] if again else words), "--out", out)
+        process = started(f"{method}.py", *(["--resume"] if again else words), "--out", out)       # it may have died before a file
         try:
             process.wait(moments.uniform(0.9 * first, last) if kills < 20 else None)
         except subprocess.TimeoutExpired:
@@ -137,7 +137,8 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(method, word
         _, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err
         if process.returncode == 0:
-            assert numbers(out) == numbers(tmp_path / "whole") and (out / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+            assert numbers(out) == numbers(tmp_path / "whole")
+            assert (out / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
             ends += 1
             out = tmp_path / str(ends) if kills < 20 else out
     assert ends and json.loads((out / "result.json").read_text())["method"] == method
@@ -147,7 +148,8 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(method, word
 def test_importing_common_takes_little_longer_than_what_it_stands_on():
     """Best of 3 each, in turns."""
     def seconds(code):
-        return float(subprocess.run([sys.executable, "-W", "ignore", "-c", f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"],
-                                    cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        code = f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return float(done.stdout)
     ours, theirs = zip(*[(seconds("import common"), seconds("import torch, torchvision, clip")) for _ in range(3)])
     assert min(ours) < 1.3 * min(theirs)

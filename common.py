@@ -9,9 +9,9 @@ tasks, `Texts` and `epoch_batches` make a training step's batches, `evaluate` sc
     print(evaluate(model, preprocess, tasks[0], text))                          # zero-shot accuracy in per cent
 """
 import argparse
-import contextlib
 import csv
 import difflib
+import errno
 import importlib.util
 import io
 import json
@@ -71,11 +71,8 @@ def seed_everything(seed, epoch=0):
     random.seed(mixed), np.random.seed(mixed), torch.manual_seed(mixed)
 
 
-def autocast(model):
-    """bfloat16 autocast on a CUDA card that has it, else nothing. Weights and prompts stay float32 either way."""
-    if model.logit_scale.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+load_file(HERE / "data" / "computing.py", "multitask_prompt_computing")     # precision, memory and compilation of the encoders
+from multitask_prompt_computing import autocast, in_pieces, set_up  # noqa: E402, F401
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
@@ -158,6 +155,7 @@ def _insert(x, prompts, replace):
     return torch.cat([x[:, :1], prompts, x[:, 1 + replace:]], dim=1)
 
 
+@in_pieces
 def encode_text(model, tokens, prompts=None):
     """Text features [C, D], not normalised, of tokens [C, T] for any `clip.model.CLIP`.
 
@@ -177,11 +175,12 @@ def encode_text(model, tokens, prompts=None):
     for i, block in enumerate(blocks):
         if 0 < i < len(layers):
             x = _insert(x, layers[i], replace=n)
-        x = _block(block, x, causal=True)
+        x = getattr(model, "block", _block)(block, x, causal=True)   # `--compile` puts a faster one there
     x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]         # EOS has the largest id
     return model.ln_final(x).type(model.dtype) @ model.text_projection
 
 
+@in_pieces
 def encode_image(model, images, prompts=None):
     """Image features [B, D], not normalised, of images [B, 3, H, W] for any `clip.model.CLIP`.
 
@@ -204,7 +203,7 @@ def encode_image(model, images, prompts=None):
     for i, block in enumerate(blocks):
         if i < len(layers):
             x = _insert(x, layers[i], replace=layers[i].shape[-2] if i else 0)
-        x = _block(block, x, causal=False)
+        x = getattr(model, "block", _block)(block, x, causal=False)
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
@@ -216,7 +215,7 @@ def logits(model, image_features, text_features):
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
-from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, collate,  # noqa: E402, F401
+from multitask_prompt_listings import (KEEP, PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, collate,  # noqa: E402, F401
                                        encode_batches, epoch_batches, find_listings, hold_out, image_batches, image_features, load_tasks,
                                        read_image, read_tile, train_transform, view_features)
 load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents, the plots
@@ -377,6 +376,10 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     add("--resume", action="store_true", help="go on with the run in --out, with the settings saved there")
     add("--eval", metavar="CKPT", help="score a saved prompts.pt instead of training; writes nothing")
     add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
+    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card that has it always does")
+    add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
+    add("--max-mem", type=float, metavar="GB", help="memory for a step: texts and images that need more go through CLIP in pieces (default "
+        "nine tenths of a card's free memory; no limit on a CPU)")
     add("--plot", action="store_true", help="also draw PNGs into the run folder")
     parser.set_defaults(method=method, paper=paper, tiny=tiny, finished=None)
     return parser
@@ -398,7 +401,7 @@ def parse(parser, argv=None):
             return args
     elif args.eval:
         saved = load_prompts(args.eval, args.method)["settings"]
-        saved = {key: value for key, value in saved.items() if key not in ("out", "plot", "device", "validate")}
+        saved = {key: value for key, value in saved.items() if key not in ("out", "plot", "device", "validate", "compile", "max_mem")}
         _take_over(args, given, saved, args.eval, Run.FREE | {"data", "split", "shots", "seeds"})
         if "split" in given or "shots" in given:
             args.split, args.shots = given.get("split"), given.get("shots")
@@ -422,6 +425,8 @@ def parse(parser, argv=None):
         raise UserError(f"--lr {args.lr} is no learning rate: give a number above 0")
     if not 0 < args.min_crop <= 1:
         raise UserError(f"--min-crop {args.min_crop} is no part of an image: give a number above 0 and up to 1")
+    if args.max_mem is not None and not 0 < args.max_mem < math.inf:
+        raise UserError(f"--max-mem {args.max_mem} is no amount of memory: give gigabytes, above 0")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, each once")
     try:
@@ -469,18 +474,26 @@ def _read_json(path):
 def script(main):
     """Run a method file's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and 130."""
     name = Path(sys.argv[0]).name
+    go_on = lambda: f"go on with --resume --out {Run.latest}" if Run.latest else "start again"
     try:
         main()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                # a path that the system refuses: too long a name, no permission
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            print(f"{name}: the disk is full ({error.strerror}): free it, then {go_on()}", file=sys.stderr)
+            sys.exit(2)
         if error.filename is None:
             raise
         print(f"{name}: {error.filename} cannot be used ({error.strerror}): give another path or mend it", file=sys.stderr)
         sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print(f"{name}: the card's memory is full: {go_on()} with a --max-mem below its size, or start anew with a smaller --batch-size",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; go on with --resume --out {Run.latest}" if Run.latest else f"{name}: stopped", file=sys.stderr)
+        print(f"{name}: stopped; {go_on()}" if Run.latest else f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -525,7 +538,7 @@ class Run:
     scores of finished seeds included.
     """
     latest = None
-    FREE = {"out", "plot", "device", "root", "download"}             # settings that a resumed run may change
+    FREE = {"out", "plot", "device", "root", "download", "compile", "max_mem"}   # settings that a resumed run may change
 
     def __init__(self, args):
         self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}
@@ -536,7 +549,7 @@ class Run:
             if (self.folder / "checkpoint.pt").exists():
                 path, remedy = self.folder / "checkpoint.pt", "start the run again in another --out"
                 self.state = load_saved(path, "a checkpoint", self.state, remedy)
-                if any(self.state["settings"].get(k) != v for k, v in self.settings.items() if k not in self.FREE):
+                if any(self.state["settings"].get(k, v) != v for k, v in self.settings.items() if k not in self.FREE):
                     raise UserError(f"{path} is of a run with other settings: {remedy}")
             if (self.folder / "prompts.pt").exists():
                 self.prompts = load_prompts(self.folder / "prompts.pt", args.method)["prompts"]
@@ -672,6 +685,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
     model, preprocess = load_clip(args.clip, args.device)
     if image_prompts and not hasattr(model.visual, "transformer"):
         raise resnet
+    set_up(model, args, _block)
     build(args, model, tasks[args.seeds[0]])                                    # refuses settings that do not fit
 
     def scored(seed, prompts, **extra):
@@ -699,7 +713,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
 
 
 def _checked_tasks(args, n_text):
-    """The tasks of every seed, with all refused that a training would stumble over later."""
+    """The tasks of every seed, with all refused that a training would stumble over later; training images are held in memory."""
     tasks = {seed: load_tasks(args.data, args.split, args.shots, seed, args.root) for seed in args.seeds}
     for task in tasks[args.seeds[0]]:
         try:
@@ -707,13 +721,14 @@ def _checked_tasks(args, n_text):
         except UserError as error:
             raise error if n_text <= args.n_ctx else UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
         tokenize(task.class_names, template=task.template)
+    room = dict.fromkeys(args.seeds, KEEP // len(args.seeds))                   # bytes
     for seed, task in [(seed, task) for seed in args.seeds for task in tasks[seed]]:
         if args.validate:
             task.train, task.test = hold_out(task.train, seed)
             if not len(task.test):
                 raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps its last one, so train on more")
         for i in progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
-            task.train[i]                                                       # an image that cannot be decoded
+            room[seed] = task.train.keep(i, room[seed])                         # refuses an image that cannot be decoded
     return tasks
 
 

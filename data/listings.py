@@ -42,20 +42,37 @@ def _sheet(path):
     return Image.open(path).convert("RGB")
 
 
+KEEP = 2 * 2**30            # bytes of decoded training images that a run holds in memory
+
+
 class Images(torch.utils.data.Dataset):
     """A list of (PIL image, label). `items` are paths, or anything that `read` turns into a PIL image."""
 
-    def __init__(self, items, labels, read=read_image):
+    def __init__(self, items, labels, read=read_image, kept=None):
         self.items, self.labels, self.read = list(items), list(labels), read
+        self.kept = {} if kept is None else kept                                # decoded images by item, see `keep`
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        return self.read(self.items[index]), self.labels[index]
+        item = self.items[index]
+        return self.kept[item].copy() if item in self.kept else self.read(item), self.labels[index]
+
+    def __getstate__(self):
+        return dict(self.__dict__, kept={})                                     # too much to send to a worker process that is not forked
 
     def subset(self, indices):
-        return Images([self.items[i] for i in indices], [self.labels[i] for i in indices], self.read)
+        return Images([self.items[i] for i in indices], [self.labels[i] for i in indices], self.read, self.kept)
+
+    def keep(self, index, room):
+        """Decode an image, hold it in memory if it takes at most `room` bytes, and return the room that is left."""
+        image = self.read(self.items[index])
+        size = 4 * image.width * image.height                                   # PIL stores RGB in four bytes a pixel
+        if self.read is not read_image or size > room:                          # the built-in benchmark, CIFAR-100: in memory already
+            return room
+        self.kept[self.items[index]] = image
+        return room - size
 
 
 @dataclass

@@ -1,0 +1,92 @@
+"""How the two encoders compute: their precision, the memory of a step, compilation. `common` passes these names on.
+
+What the command line asks for (`--amp`, `--max-mem`, `--compile`) is noted on the model (`set_up`), so that the encoders find
+it there and the method files need not pass it around. A model without such notes computes in float32 and in one piece on a CPU.
+"""
+import contextlib
+import functools
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from common import UserError
+
+KEPT = 16           # floats that a backward pass needs for each token, layer and unit of width; measured 14.0 without the edges
+
+
+def autocast(model):
+    """bfloat16 autocast on a CUDA card that has it, and on a CPU where `model.amp` says so; else none: all is float32.
+
+    Weights and prompts stay float32 either way. A card without bfloat16 computes in float32: float16 would need its gradients
+    scaled in every training loop, and is not offered.
+    """
+    device = model.logit_scale.device.type
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or device == "cpu" and getattr(model, "amp", False):
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def set_up(model, args, block):
+    """Note on a model what `--amp`, `--max-mem` (GB; on a card by itself nine tenths of what is free) and `--compile` ask for.
+
+    block: the function that computes one layer, which `--compile` compiles. UserError where there is no compiler.
+    """
+    device = model.logit_scale.device
+    model.amp, model.max_mem = args.amp, args.max_mem
+    if args.max_mem is None and device.type == "cuda":
+        model.max_mem = 0.9 * torch.cuda.mem_get_info(device)[0] / 2**30
+        print(f"a step may take {model.max_mem:.1f} GB of the card (--max-mem); texts and images that need more go in pieces", flush=True)
+    if args.compile:
+        model.block = compiled(block, device)
+
+
+def compiled(block, device):
+    """`block` compiled by torch; where second derivatives are wanted, which compiled code has not, as it is."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:              # no compiler, no headers, no Triton: each fails in its own way
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"--compile finds no compiler that works ({reason}): install one, such as g++, or leave out --compile") from error
+    fast = torch.compile(block, dynamic=True)
+    return lambda *layer, **how: (block if second_derivatives() else fast)(*layer, **how)
+
+
+def second_derivatives():
+    """Whether fused attention is switched off, as it has to be where a gradient is differentiated once more."""
+    return not torch.backends.cuda.flash_sdp_enabled()
+
+
+def in_pieces(encode):
+    """Let an encoder take only as many rows (texts, images) at once as fit half of `model.max_mem`, one half for each encoder.
+
+    Then the backward pass computes each piece again instead of keeping what it needs of all of them: the same features and
+    gradients, in the memory of one piece and with another forward pass. Differentiating a gradient once more (JSCPT's upper
+    step) keeps the pieces after all.
+    """
+    @functools.wraps(encode)
+    def encoder(model, rows, prompts=None):
+        room = getattr(model, "max_mem", None)
+        if room is None or prompts is None or not (torch.is_grad_enabled() and prompts.requires_grad):
+            return encode(model, rows, prompts)
+        most = max(1, int(room * 2**30 / 2 / bytes_a_row(model, rows, prompts)))
+        if len(rows) <= most:
+            return encode(model, rows, prompts)
+        plain = second_derivatives()
+
+        def piece(rows, prompts):
+            with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():       # computed again, it does the same
+                return encode(model, rows, prompts)
+        return torch.cat([checkpoint(piece, rows[i:i + most], prompts if prompts.ndim == 3 else prompts[:, i:i + most],
+                                     use_reentrant=False, preserve_rng_state=False) for i in range(0, len(rows), most)])
+    return encoder
+
+
+def bytes_a_row(model, rows, prompts):
+    """What a text (rows [C, T]) or an image (rows [B, 3, H, W]) keeps for the backward pass."""
+    if rows.ndim == 2:
+        tokens, width, blocks = rows.shape[1], model.ln_final.weight.shape[0], model.transformer.resblocks
+    else:
+        tokens, width, blocks = len(model.visual.positional_embedding), prompts.shape[-1], model.visual.transformer.resblocks
+        tokens += prompts.shape[-2]
+    return 4 * KEPT * tokens * width * len(blocks)

@@ -1,0 +1,155 @@
+"""What happens to a run from outside: Ctrl-C, a full disk, a card without memory, SIGKILL at any moment; and what an import costs.
+
+Damaged and malicious files, undecodable images and folders that are taken are in test_bad_input.py.
+"""
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, make_tree, numbers, random_clip, run_script
+
+import common
+
+coop = common.load_method("coop_mt")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The words of a small training on files enough for worker processes."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.save(random_clip(**TINY).state_dict(), folder / "random.pt")
+    data = make_tree(folder / "shapes", {f"{d}/{c}": 110 for d in ("drawn", "painted") for c in ("cup", "hat")})
+    return ["--data", data, "--shots", 102, "--clip", folder / "random.pt", "--n-ctx", 2, "--batch-size", 100, "--device", "cpu"]
+
+
+def started(script, *words, **more):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)], env=dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def called(monkeypatch, capsys, *words):
+    """coop_mt.py in this process: (exit code, what it wrote to stderr)."""
+    monkeypatch.setattr(sys, "argv", ["coop_mt.py", *map(str, words)])
+    monkeypatch.setattr(common.Run, "latest", None)
+    with pytest.raises(SystemExit) as stop:
+        common.script(coop.main)
+        sys.exit(0)
+    return stop.value.code, capsys.readouterr().err
+
+
+def is_line(err):
+    return err.startswith("coop_mt.py: ") and err.endswith("\n") and err[:-1].isprintable()
+
+
+def test_ctrl_c_is_answered_with_a_line_and_the_way_to_go_on(words, tmp_path):
+    """The terminal sends it to the process and to its workers."""
+    process = started("vpt_mt.py", *words, "--epochs", 500, "--out", tmp_path / "run", start_new_session=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == f"vpt_mt.py: stopped; go on with --resume --out {tmp_path / 'run'}\n"
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["current"]["epoch"] >= 1 and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(words, tmp_path, monkeypatch, capsys):
+    """The system refuses to write more than 4 kB into a file: settings.json fits, the checkpoint does not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    small = [*words, "--views", 1, "--epochs", 1, "--shots", 8]
+    full = run_script("coop_mt.py", *small, "--out", tmp_path / "run", preexec_fn=limit)
+    assert full.returncode == 2 and is_line(full.stderr), full.stderr
+    assert "checkpoint.pt" in full.stderr and "free the disk or choose another --out" in full.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["settings.json"]
+    code, err = called(monkeypatch, capsys, "--resume", "--out", tmp_path / "run")
+    assert code == 0 and (tmp_path / "run" / "result.json").exists(), err
+
+
+def test_a_disk_that_fills_under_a_picture_or_a_card_without_memory_points_to_resume(words, tmp_path, monkeypatch, capsys):
+    small = [*words, "--views", 1, "--epochs", 1, "--shots", 8]
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")              # as matplotlib passes it on: without a name
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "plot_run", no_room)
+        code, err = called(patch, capsys, *small, "--plot", "--out", tmp_path / "pictures")
+    assert code == 2 and is_line(err) and "disk is full" in err and f"--resume --out {tmp_path / 'pictures'}" in err
+
+    def no_memory(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    with monkeypatch.context() as patch:
+        patch.setattr(coop, "losses_of", no_memory)
+        code, err = called(patch, capsys, *small, "--out", tmp_path / "card")
+    assert code == 2 and is_line(err) and f"--resume --out {tmp_path / 'card'} with a --max-mem" in err and "--batch-size" in err
+    code, err = called(monkeypatch, capsys, "--resume", "--out", tmp_path / "card", "--max-mem", 1)
+    assert code == 0, err
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_else(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, err = called(monkeypatch, capsys, *words, "--out", tmp_path / "deep" / "run")
+    assert code == 2 and is_line(err) and f"{tmp_path} is a file or read-only: choose another folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", ["0", "-1", "nan", "inf", "much"])
+def test_an_amount_of_memory_is_finite_and_above_zero(monkeypatch, capsys, room):
+    code, err = called(monkeypatch, capsys, "--max-mem", room)
+    assert code == 2 and is_line(err) and "--max-mem" in err and room in err
+
+
+# ------------------------------------------------------------------------------------------------------- slow, and many times
+
+SCRIPTS = {"coop_mt": [], "vpt_mt": [], "maple_mt": [], "hipro": [], "mvlpt": [], "mmap": ["--groups", 1], "jscpt": ["--upper-every", 3]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(method, words, tmp_path):
+    """SIGKILL at a moment between the first file and the last, again and again on what was left, until there were twenty."""
+    words = [*words, "--shots", 8, "--batch-size", 4, "--seeds", 1, 2, "--epochs", 3, *SCRIPTS[method]]
+    start, first = time.time(), None
+    process = started(f"{method}.py", *words, "--out", tmp_path / "whole")
+    while process.poll() is None:
+        first = first or ((tmp_path / "whole" / "settings.json").exists() and time.time() - start)
+        time.sleep(0.02)
+    last, kills, ends, out = time.time() - start, 0, 0, tmp_path / "0"
+    assert process.returncode == 0, process.stderr.read()
+    moments = random.Random(method)
+    while kills < 20 or not (out / "result.json").exists():
+        again = (out / "settings.json").exists()
+        process = started(f"{method}.py", *(["--resume"] if again else words), "--out", out)       # it may have died before a file
+        try:
+            process.wait(moments.uniform(0.9 * first, last) if kills < 20 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        _, err = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if process.returncode == 0:
+            assert numbers(out) == numbers(tmp_path / "whole")
+            assert (out / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+            ends += 1
+            out = tmp_path / str(ends) if kills < 20 else out
+    assert ends and json.loads((out / "result.json").read_text())["method"] == method
+
+
+@pytest.mark.slow
+def test_importing_common_takes_little_longer_than_what_it_stands_on():
+    """Best of 3 each, in turns."""
+    def seconds(code):
+        code = f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+    ours, theirs = zip(*[(seconds("import common"), seconds("import torch, torchvision, clip")) for _ in range(3)])
+    assert min(ours) < 1.3 * min(theirs)

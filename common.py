@@ -72,7 +72,7 @@ def seed_everything(seed, epoch=0):
 
 
 load_file(HERE / "data" / "computing.py", "multitask_prompt_computing")     # precision, memory and compilation of the encoders
-from multitask_prompt_computing import autocast, in_pieces, set_up  # noqa: E402, F401
+from multitask_prompt_computing import autocast, fused_attention, in_pieces, set_up  # noqa: E402, F401
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
@@ -144,7 +144,7 @@ def _block(block, x, causal):
     attention = block.attn
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)     # [rows, heads, tokens, width / heads]
                for part in F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    mixed = fused_attention(q, k, v, causal).transpose(1, 2).flatten(2)
     x = x + attention.out_proj(mixed)
     return x + block.mlp(block.ln_2(x))
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +26,14 @@ def autocast(model):
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or device == "cpu" and getattr(model, "amp", False):
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def fused_attention(q, k, v, causal):
+    """Fused attention on q, k, v [rows, heads, tokens, width / heads]; in float32 on a CPU, where bfloat16's backward pass is slow."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def set_up(model, args, block):

@@ -148,7 +148,7 @@ def official(name, root):
     data, published = DATASETS[name], published_names(name)
     try:
         parts = {part: data.loader(root, split=split) if split else data.loader(root) for part, split in data.parts.items()}
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:              # damaged lists fail in many ways, those of scipy's .mat reader among them
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
         raise UserError(f"{data.title} in {root / data.own} is incomplete or damaged ({reason}): get it anew") from error
     return {part: [(str(path), label, published.get(plain(key), named(key))) for path, label, key in images(name, loaded)]

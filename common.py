@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     import clip
 
 HERE = Path(__file__).resolve().parent
+sys.modules.setdefault("common", sys.modules[__name__])         # under `python common.py` too there is one of it
 
 
 class UserError(ValueError):
@@ -357,14 +358,15 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, cifar100, a folder domain/class/*.jpg, or name=path for a folder "
-        "class/*.jpg that makes one task; several joined by commas (default emoji)")
+    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, minidomainnet, domainnet, cifar100, coop10, coop11, one of CoOp's "
+        "datasets (data/README.md), a folder domain/class/*.jpg, or name=path for a folder class/*.jpg that makes one task; several "
+        "joined by commas (default emoji)")
     add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
     add("--shots", type=int, help="images of each class to train on, instead of --split")
     add("--seeds", type=int, nargs="+", help="one training a seed, reported as mean ± std (default 1)")
     add("--clip", metavar="NAME|FILE", help=f"backbone (default {paper['clip']}; tiny for emoji)")
     add("--root", metavar="DIR", help="where the datasets are (default data)")
-    add("--download", action="store_true", help="first fetch --data into --root, where torchvision can (cifar100)")
+    add("--download", action="store_true", help="first fetch --data into --root, where torchvision can (cifar100, dtd, ...)")
     add("--device", help="cpu, cuda, cuda:1, ... (default CUDA where there is one)")
     add("--epochs", type=int, help=says("epochs"))
     add("--lr", type=float, help="learning rate " + says("lr"))
@@ -735,3 +737,17 @@ def _checked_tasks(args, n_text):
 def progress(iterable, text):
     """A progress bar on a terminal, for what takes over two seconds."""
     return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)
+
+
+def commands(argv=None):
+    """`python common.py COMMAND ...`: what there is besides training, each a function of a module under data/."""
+    table = {"check": ("checks", "check")}
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] not in table:
+        raise UserError(f"give one of {', '.join(table)}, as in python common.py check --data officehome --root data")
+    file, function = table[words[0]]
+    getattr(load_file(HERE / "data" / f"{file}.py", f"multitask_prompt_{file}"), function)(words[1:])
+
+
+if __name__ == "__main__":
+    script(commands)

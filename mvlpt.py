@@ -10,7 +10,7 @@ the checkpoint that is best on its own validation images. A prompt is a text con
 
     python mvlpt.py                                                             # built-in benchmark and backbone
     python mvlpt.py --transferability --plot                                    # the study: transfer.csv, transfer.json, transfer-1.png
-    (elevater12, elevater20 and coop11 are not among the benchmarks yet)
+    (elevater12 and elevater20 are not among the benchmarks yet)
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3  # Table 1, MUPT (--prompt coop: MCoOp; vpt: MVPT)
     python mvlpt.py --data elevater12 --source none --shots 20 --seeds 1 2 3    # ... UPT (CoOp, VPT) from random prompts
     python mvlpt.py --data elevater20 --shots 20 --transferability --plot       # Figure 4

@@ -1,4 +1,4 @@
-"""Benchmarks whose tasks are domains: `emoji`, Office-Home, PACS, and a folder of your own.
+"""All benchmarks by name, and those whose tasks are folders of domains: `emoji`, Office-Home, PACS, and a folder of your own.
 
 `find(name, root)` turns one name of `--data` into listings, one a task, which `common.load_tasks` splits into training and
 test images. To add a benchmark, write a function that returns listings and name it in `BENCHMARKS`.
@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter, ImageOps
 import common
 from common import Listing, UserError, read_tile
 
-groups = common.load_file(Path(__file__).with_name("groups.py"), "multitask_prompt_groups")
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+files, groups, domainnet, datasets = (common.load_file(Path(__file__).with_name(f"{name}.py"), f"multitask_prompt_{name}")
+                                      for name in ("files", "groups", "domainnet", "datasets"))
+from multitask_prompt_files import ENDINGS, check_folder, compared, folders, image_depth, images_in, spoken  # noqa: E402
 
 
 def find(name, root):
@@ -63,7 +63,8 @@ def drawings(classes, tasks):
 def officehome(root):
     """Office-Home: the official archive's folder, Dassl's `office_home`, or either of them as `root` itself."""
     names = ["Art", "Clipart", "Product", "Real World"]
-    return named_domains(root, "Office-Home", ["OfficeHomeDataset_10072016", "office_home"], names)
+    listings = named_domains(root, "Office-Home", ["OfficeHomeDataset_10072016", "office_home"], names)
+    return compared(listings, "Office-Home", root, classes=65, images=15_588)
 
 
 def pacs(root):
@@ -71,46 +72,18 @@ def pacs(root):
     return named_domains(root, "PACS", ["pacs/images", "PACS/images", "pacs", "PACS"], ["Art Painting", "Cartoon", "Photo", "Sketch"])
 
 
-BENCHMARKS = {"emoji": emoji, "fxemoji": fxemoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100}
-DOWNLOADS = {"cifar100": groups.download_cifar100}
+BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100, **domainnet.BENCHMARKS,
+              **datasets.BENCHMARKS}
+DOWNLOADS = {"cifar100": groups.download_cifar100, **datasets.DOWNLOADS}
 
 
-def download(name, root):
-    """Fetch a benchmark that torchvision can fetch."""
-    if name not in DOWNLOADS:
-        raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the README says where to get the others")
-    DOWNLOADS[name](root)
-
-
-def spoken(name):
-    """A folder's name as people say it: `Alarm_Clock` is "alarm clock"."""
-    return " ".join(name.replace("_", " ").split()).lower()
-
-
-def folders(path):
-    """The folders in a folder, sorted by name, hidden ones left out."""
-    return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name.lower())
-
-
-def images_in(path):
-    return sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
-
-
-def image_depth(path, most=4):
-    """How many folders below `path` its first images lie (0: in it), or None: it tells a level too high or too low."""
-    level = [path]
-    for depth in range(most + 1):
-        if any(images_in(p) for p in level):
-            return depth
-        level = [q for p in level for q in folders(p)]
-    return None
-
-
-def check_folder(path, flag="--data"):
-    if not path.exists():
-        raise UserError(f"there is no folder {path}: give {flag} one that is there")
-    if not path.is_dir():
-        raise UserError(f"{path} is a file where a folder of images belongs: give {flag} a folder")
+def download(names, root):
+    """Fetch benchmarks that torchvision can fetch; refuse before the first if there is another among them."""
+    for name in names:
+        if name not in DOWNLOADS:
+            raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the README says where to get the others")
+    for name in names:
+        DOWNLOADS[name](root)
 
 
 def named_domains(root, benchmark, places, names):

@@ -2,9 +2,10 @@
 import math
 import os
 import random
+import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -87,6 +88,7 @@ class Listing:
     val: list = None
     metric: str = "accuracy"
     read: Callable = read_image
+    notes: list = field(default_factory=list)       # what is not as published, a line each
 
 
 @dataclass
@@ -104,12 +106,13 @@ class Task:
 def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     """The tasks of a benchmark, as a list of Task.
 
-    data: "emoji", "officehome", "pacs" or "cifar100" under `root`, the path of a `domain/class/images` tree, `name=path` for a
-    `class/images` tree that makes one task, or several of these joined by commas.
+    data: the name of a benchmark (data/README.md lists them) under `root`, the path of a `domain/class/images` tree, `name=path`
+    for a `class/images` tree that makes one task, or several of these joined by commas.
     split: the fraction of each class of each task to train on, max(1, round(split * n)) images; or shots: that many a
     class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
     fifth of its images, and one, for it. Neither: every image of the training set (for a dataset with a test set).
-    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers.
+    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers; that a
+    published dataset is not whole is one line on stderr.
     """
     if split is not None and shots is not None:
         raise UserError("--split and --shots say the same thing in two ways: give one of them")
@@ -123,16 +126,30 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
             raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them apart, as in name=path")
         seen.add(listing.name)
     parts = [divide(listing, split, shots, seed) for listing in listings]
+    for note in (note for listing in listings for note in listing.notes):
+        warn_once(note)
     return [Task(x.name, x.class_names, x.template, train, test, val, x.metric) for x, (train, test, val) in zip(listings, parts)]
+
+
+@lru_cache
+def warn_once(note):
+    """One line on stderr, and not again for another seed or load."""
+    print(f"warning: {note}", file=sys.stderr)
 
 
 def find_listings(data, root="data", download=False):
     """All images of every task in `data`, before they are split; UserError where a name or a folder is not right."""
     domains = load_file(Path(__file__).with_name("domains.py"), "multitask_prompt_domains")
     names = [str(data)] if Path(data).is_dir() else [name.strip() for name in str(data).split(",")]
-    for name in names if download else []:
-        domains.download(name, Path(root))
+    if download:
+        domains.download(names, Path(root))
     return [listing for name in names for listing in domains.find(name, Path(root))]
+
+
+def images_of(listing):
+    """All images of a listing, a list a part: train (before the split), val and test."""
+    return {part: [item for items in lists or [] for item in items]
+            for part, lists in dict(train=listing.items, val=listing.val, test=listing.test).items()}
 
 
 def divide(listing, split, shots, seed):
@@ -150,7 +167,7 @@ def divide(listing, split, shots, seed):
             take = max(1, round(split * len(items)))
         elif shots is not None:
             take = min(shots, len(items) - (0 if listing.test else max(1, math.ceil(len(items) / 5))))
-            if take < 1:
+            if take < 1 and not listing.test:
                 raise UserError(f"class '{listing.class_names[label]}' of {listing.name} has {len(items)} image, and --shots "
                                 "needs one to train and one to test on: add images or take the class away")
         train += [(items[i], label) for i in sorted(order[:take])]

@@ -72,7 +72,7 @@ def pacs(root):
     return named_domains(root, "PACS", ["pacs/images", "PACS/images", "pacs", "PACS"], ["Art Painting", "Cartoon", "Photo", "Sketch"])
 
 
-BENCHMARKS = {"emoji": emoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100, **domainnet.BENCHMARKS,
+BENCHMARKS = {"emoji": emoji, "fxemoji": fxemoji, "officehome": officehome, "pacs": pacs, "cifar100": groups.cifar100, **domainnet.BENCHMARKS,
               **datasets.BENCHMARKS}
 DOWNLOADS = {"cifar100": groups.download_cifar100, **datasets.DOWNLOADS}
 

@@ -58,7 +58,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         item = self.items[index]
-        return self.kept[item].copy() if item in self.kept else self.read(item), self.labels[index]
+        return self.kept[item].copy() if self.kept and item in self.kept else self.read(item), self.labels[index]
 
     def __getstate__(self):
         return dict(self.__dict__, kept={})                                     # too much to send to a worker process that is not forked

@@ -11,15 +11,13 @@ through the prompts, Eq. (10)-(11): implicit differentiation with a truncated Ne
 
     python jscpt.py                                                             # built-in benchmark and backbone
     python jscpt.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1 (also: --split 0.2)
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection  # Table 4, w/o Feature Selection
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-prompt-schedule    # ... w/o Prompt Scheduling
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-task-schedule      # ... w/o Task Scheduling
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --cagrad        # ... MTL-CAGrad
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection  # Table 4; its other rows: --no-prompt-schedule,
+                                                                                # --no-task-schedule, --cagrad
     python jscpt.py --data officehome --split 0.2 --plot                        # Figures 4 and 5
 
 Choices the paper leaves open
-- Text prompts enter the first layer only, image prompts every layer: the paper's "into each transformer block" would take 1.1 M
-  numbers, its count of 0.203 M a task leaves no room for that. Shared and own ones stand side by side, 2b in all.
+- Text prompts enter the first layer only, image prompts every layer: with text prompts "into each transformer block" it would be
+  1.26 M numbers, and the paper counts 0.203 M a task. Shared and own ones stand side by side, 2b in all.
 - The selection network is shared by the tasks, D - 32 - D with ReLU (CoCoOp's meta-net), and Eq. (2) applies it twice; masks are
   sigma(m), m = 0 at the start. Together 813,600 numbers for four tasks at ViT-B/16, 0.2034 M a task. alpha and beta count apart.
 - Eq. (4) as printed, the sigma of an exponential, lies in (0.5, 1), so the "below 0.5" of the text cannot occur. Its original
@@ -30,12 +28,14 @@ Choices the paper leaves open
   a batch a task of it at every upper step, augmented as in training. Where none can be held out, the training images serve.
 - The upper step takes L from the latest training batch at the updated prompts, effect and affinity as that batch had them, and
   moves alpha and beta by Adam. The Neumann series needs a scale s, s sum_j (I - s Hessian)^j (Lorraine et al., AISTATS 2020);
-  it is the lower learning rate.
-- CAGrad combines the gradients of all shared numbers, weighted by the prompts' factor of Eq. (6); times N, to be a sum.
+  it is the lower learning rate. The last prompts are returned.
+- A factor of Eq. (6) that an ablation leaves out is 1, so its steps are 1.5 to 2 times as long. CAGrad combines the gradients of
+  all shared numbers, weighted by the prompts' factor; times N, to be a sum. Its upper step takes the lower level for a plain sum.
 - SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see. Prompts start at N(0, 0.02). Eq. (2)
   has no residual, so with a network of random weights the selected features would know nothing of CLIP's classes. It starts as the
-  projection onto the 32 directions that hold most of the class names' zero-shot text features; Eq. (2) then passes that part of the
-  features on as it is.
+  projection onto the 32 directions that hold most of the class names' zero-shot text features, and Eq. (2) passes that part of a
+  feature on. What is left is shorter, so the logits are larger (1.6 times at `tiny`), the first losses lie above zero-shot's and
+  Eq. (4) below sigma(1). Of a thousand class names 32 directions hold less, about 3/4.
 - A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
 """
 import csv
@@ -62,10 +62,10 @@ PAPER = dict(                       # Sec. 4.1, "Implementation details"
     upper_every=10,                 # Sec. 3.4: "H is set to 3 and M to 10": M
     terms=3,                        # ... H
     upper_lr=0.0015)                # eta_2: ours, the paper states none
-TINY = dict(epochs=10, lr=0.0003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)    # the built-in backbone's, chosen on fxemoji
+TINY = dict(epochs=10, lr=0.0003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)    # chosen on fxemoji
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 HIDDEN = 32                         # of the selection network: what the paper's 0.203 M numbers a task leave room for
-OPEN = 5.0                          # the hidden units' first bias: CLIP's features are about 10 long, so ReLU cuts off nothing yet
+OPEN = 8.0                          # how far below 0 a feature's part in a direction may lie before ReLU cuts it off at first
 
 
 # ------------------------------------------------------------------------------- prompts and selection (Sec. 3.2)
@@ -77,28 +77,21 @@ class MTVLP(nn.Module):
     """
 
     def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, V, selection=True):
-        """V [32, D]: orthonormal directions that the selection network passes on at first.
-
-        selection: whether the masks are learned, or stay at 0.5.
-        """
+        """V [32, D]: orthonormal directions that the selection network passes on at first; selection: whether masks are learned."""
         super().__init__()
-        dim = V.shape[1]
         self.P_l_shared = nn.Parameter(0.02 * torch.randn(1, n_ctx, d_text))
         self.P_v_shared = nn.Parameter(0.02 * torch.randn(1, n_layers, n_ctx, d_image))
         self.P_l = nn.Parameter(0.02 * torch.randn(n_tasks, n_ctx, d_text))
         self.P_v = nn.Parameter(0.02 * torch.randn(n_tasks, n_layers, n_ctx, d_image))
-        self.W_1, self.b_1 = nn.Parameter(V[None]), nn.Parameter(torch.full((1, len(V)), OPEN))                 # [1, 32, D], [1, 32]
-        self.W_2, self.b_2 = nn.Parameter(V.t()[None].clone()), nn.Parameter(-OPEN * V.sum(0)[None])            # [1, D, 32], [1, D]
+        self.W_1, self.b_1 = nn.Parameter(V[None] / 2), nn.Parameter(torch.full((1, len(V)), OPEN / 2))         # [1, 32, D], [1, 32]
+        self.W_2, self.b_2 = nn.Parameter(2 * V.t()[None]), nn.Parameter(-OPEN * V.sum(0)[None])                # [1, D, 32], [1, D]
+        self.register_buffer("m", torch.zeros(n_tasks, V.shape[1]))             # masks are sigma(m)
         if selection:
-            self.m = nn.Parameter(torch.zeros(n_tasks, dim))
-        else:
-            self.register_buffer("m", torch.zeros(n_tasks, dim))
-        self.register_buffer("alpha", torch.ones(n_tasks))
-        self.register_buffer("beta", torch.ones(n_tasks, n_tasks))
-        self.register_buffer("steps", torch.tensor(0))                          # lower steps so far
-        self.register_buffer("effect", torch.zeros(n_tasks))                    # means of the last epoch
-        self.register_buffer("affinity", torch.zeros(n_tasks, n_tasks))
-        self.register_buffer("phi", torch.zeros(n_tasks))
+            self.m = nn.Parameter(self.m)
+        state = dict(alpha=torch.ones(n_tasks), beta=torch.ones(n_tasks, n_tasks), steps=torch.tensor(0),       # lower steps so far
+                     effect=torch.zeros(n_tasks), affinity=torch.zeros(n_tasks, n_tasks), phi=torch.zeros(n_tasks))     # an epoch's means
+        for name, x in state.items():
+            self.register_buffer(name, x)
 
     def copies(self):
         """theta with a copy of every tensor for every task, {name: [N, ...]}: the gradient of a sum of losses keeps them apart."""
@@ -106,14 +99,10 @@ class MTVLP(nn.Module):
         return {name: x.expand(len(self.alpha), *x.shape[1:]) for name, x in theta.items()}
 
 
-def text_prompts(theta):
-    """[P_l^sh, P_l,Ti] of every task, [1, N, 2b, d_l], of theta as `copies` gives it."""
-    return torch.cat([theta["P_l_shared"], theta["P_l"]], dim=1)[None]
-
-
-def image_prompts(theta):
-    """[P_v^sh, P_v,Ti] of every task, [K, N, 2b, d_v]."""
-    return torch.cat([theta["P_v_shared"], theta["P_v"]], dim=2).transpose(0, 1)
+def prompts_of(theta):
+    """[P_l^sh, P_l,Ti] [1, N, 2b, d_l] and [P_v^sh, P_v,Ti] [K, N, 2b, d_v] of every task, of theta as `copies` gives it."""
+    return (torch.cat([theta["P_l_shared"], theta["P_l"]], dim=1)[None],
+            torch.cat([theta["P_v_shared"], theta["P_v"]], dim=2).transpose(0, 1))
 
 
 def select(theta, x, task):
@@ -144,14 +133,14 @@ def losses_of(model, texts, theta, batches):
     batches: (images [b, 3, H, W], labels [b]) a task. The texts of all tasks go through their encoder as one batch, and all
     images through theirs.
     """
+    text, image = prompts_of(theta)
     with common.autocast(model):
-        text_features = texts.encode(model, text_prompts(theta))                # [C, D] a task
-        image_features = common.encode_batches(model, batches, image_prompts(theta))        # [b, D] a task
+        text_features, image_features = texts.encode(model, text), common.encode_batches(model, batches, image)
     losses, original = [], []
-    for i, (x, text, (_, labels)) in enumerate(zip(image_features, text_features, batches)):
-        x, text = x.to(theta["m"].dtype), text.to(theta["m"].dtype)             # float32 after autocast
-        losses.append(F.cross_entropy(common.logits(model, select(theta, x, i), text), labels))
-        original.append(F.cross_entropy(common.logits(model, x.detach(), text.detach()), labels))
+    for i, (x, z, (_, labels)) in enumerate(zip(image_features, text_features, batches)):       # x [b, D], z [C, D]
+        x, z = x.to(theta["m"].dtype), z.to(theta["m"].dtype)                   # float32 after autocast
+        losses.append(F.cross_entropy(common.logits(model, select(theta, x, i), z), labels))
+        original.append(F.cross_entropy(common.logits(model, x.detach(), z.detach()), labels))
     return torch.stack(losses), torch.stack(original)
 
 
@@ -172,32 +161,20 @@ def affinity(grads):
     return A.clamp(-1, 1).fill_diagonal_(0)
 
 
-def prompt_weights(alpha, effect):
-    """sigma(alpha_i effect_i), the first factor of Eq. (6): [N]."""
-    return torch.sigmoid(alpha * effect)
-
-
-def task_weights(beta, affinity):
-    """sigma(sum_j beta[i, j] A[j, i]), the second factor of Eq. (6): [N]."""
-    return torch.sigmoid((beta * affinity.t()).sum(1))
-
-
 def schedule(alpha, beta, effect, affinity):
-    """The tasks' weights phi [N], Eq. (6), from alpha [N], beta [N, N], effect [N] and affinity [N, N]."""
-    return prompt_weights(alpha, effect) * task_weights(beta, affinity)
+    """The tasks' weights phi [N], Eq. (6), from alpha [N], beta [N, N], effect [N] and affinity [N, N].
 
-
-def weights_of(args, alpha, beta, effect, affinity):
-    """phi [N] of Eq. (6), with a 1 for the factor that an ablation of Table 4 leaves out."""
-    if args.no_task_schedule or args.cagrad:
-        return torch.ones_like(effect) if args.no_prompt_schedule else prompt_weights(alpha, effect)
-    return task_weights(beta, affinity) if args.no_prompt_schedule else schedule(alpha, beta, effect, affinity)
+    Where an ablation leaves alpha or beta out (None), its factor is 1.
+    """
+    prompt_weights = torch.ones_like(effect) if alpha is None else torch.sigmoid(alpha * effect)
+    task_weights = 1 if beta is None else torch.sigmoid((beta * affinity.t()).sum(1))           # row i: sum_j beta[i, j] A[j, i]
+    return prompt_weights * task_weights
 
 
 def omega_of(args, prompts):
     """What is learned of Omega, {name: tensor}: alpha and beta, without those whose factor an ablation leaves out."""
-    left_out = dict(alpha=args.no_prompt_schedule, beta=args.no_task_schedule or args.cagrad)
-    return {name: getattr(prompts, name) for name in left_out if not left_out[name]}
+    learned = dict(alpha=not args.no_prompt_schedule, beta=not (args.no_task_schedule or args.cagrad))
+    return {name: getattr(prompts, name) for name in learned if learned[name]}
 
 
 # ----------------------------------------------------------------------------------- bi-level optimization (Sec. 3.4)
@@ -209,11 +186,6 @@ def task_gradients(model, texts, prompts, batches, create_graph=False):
     names = [name for name, _ in prompts.named_parameters()]
     grads = torch.autograd.grad(losses.sum(), [theta[name] for name in names], create_graph=create_graph)
     return dict(zip(names, grads)), losses.detach(), original
-
-
-def on_shared_prompts(grads):
-    """The tasks' gradients on the shared prompts, [N, P]."""
-    return torch.cat([grads["P_l_shared"].flatten(1), grads["P_v_shared"].flatten(1)], dim=1)
 
 
 def scheduled_gradient(phi, grads, theta):
@@ -232,12 +204,6 @@ def cagrad_gradient(phi, grads, theta):
     return rows
 
 
-def hessian_product(phi, grads, theta):
-    """v -> H v on lists of tensors shaped as theta, where H is the Hessian of sum_i phi_i L_i: a double backward pass each."""
-    gradient = scheduled_gradient(phi, grads, theta)
-    return lambda v: torch.autograd.grad(gradient, theta, v, retain_graph=True)
-
-
 def neumann(hvp, v, steps, scale):
     """scale * sum_{j=0..steps} (I - scale * H)^j v, which tends to H^-1 v: the sum in Eq. (11), with the scale of Lorraine et al.
 
@@ -253,11 +219,12 @@ def neumann(hvp, v, steps, scale):
 def implicit_gradient(theta, grads, dev_grads, phi, omega, steps, scale):
     """The gradient of the development loss with respect to Omega, Eq. (10)-(11): a list of tensors shaped as omega.
 
-    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] for each, which autograd can differentiate once
-    more; dev_grads: the gradients of the development loss, shaped as theta; phi [N]: a function of the tensors omega.
-    The mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i), as L is linear in phi: a dot product a task.
+    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] for each, differentiable once more; dev_grads:
+    shaped as theta; phi [N]: a function of omega. L is linear in phi, so the mixed term is sum_i (grad phi_i) (grad_theta L_i).
     """
-    p = neumann(hessian_product(phi, grads, theta), dev_grads, steps, scale)
+    gradient = scheduled_gradient(phi, grads, theta)
+    hvp = lambda v: torch.autograd.grad(gradient, theta, v, retain_graph=True)                  # H v, a double backward pass
+    p = neumann(hvp, dev_grads, steps, scale)
     dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(1) for g, x in zip(grads, p))       # [N]
     return torch.autograd.grad(phi, omega, -dots)
 
@@ -270,7 +237,7 @@ def upper_step(args, model, texts, prompts, batches, dev_batches, effect, A, upp
     with sdpa_kernel(SDPBackend.MATH):                                          # fused attention has no second derivative
         grads, _, _ = task_gradients(model, texts, prompts, batches, create_graph=True)
     omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
-    phi = weights_of(args, omega.get("alpha"), omega.get("beta"), effect, A)
+    phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)
     found = implicit_gradient(theta, list(grads.values()), dev_grads, phi, list(omega.values()), args.terms, args.scale)
     for x, g in zip(omega_of(args, prompts).values(), found):
         x.grad = g
@@ -280,14 +247,12 @@ def upper_step(args, model, texts, prompts, batches, dev_batches, effect, A, upp
 
 def development(tasks, seed):
     """(tasks, tasks whose training images are D_v): a dataset's validation set, or 20% of the training images, held out by seed."""
-    training, held_out = [], []
-    for task in tasks:
-        rest, held = (task.train, task.val) if task.val else common.hold_out(task.train, seed)
-        if not len(held):
+    parts = [(task.train, task.val) if task.val else common.hold_out(task.train, seed) for task in tasks]
+    for task, (_, held) in zip(tasks, parts):
+        if not held:
             print(f"{task.name}: no training image can be held out for development, so the training images serve", flush=True)
-        training.append(replace(task, train=rest))
-        held_out.append(replace(task, train=held if len(held) else task.train))
-    return training, held_out
+    return ([replace(task, train=rest) for task, (rest, _) in zip(tasks, parts)],
+            [replace(task, train=held or task.train) for task, (_, held) in zip(tasks, parts)])
 
 
 def stop_at_nan(tasks, losses, where):
@@ -305,7 +270,8 @@ def train(args, model, tasks, run, seed):
     lower = torch.optim.SGD(theta, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)          # passes over what gets no gradient
     start = run.restore(seed, prompts=prompts, lower=lower, upper=upper)
-    tell_schedule(tasks, omega)
+    says = "one task: the schedule changes the size of its steps and nothing else\n" if len(tasks) == 1 else ""
+    print(f"{says}{sum(x.numel() for x in omega.values())} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart", flush=True)
     for epoch in common.progress(range(start, args.epochs), "train"):
         common.seed_everything(seed, epoch + 1)
         epochs = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())
@@ -315,8 +281,8 @@ def train(args, model, tasks, run, seed):
             grads, losses, original = task_gradients(model, texts, prompts, batches)
             stop_at_nan(tasks, losses, f"at step {step} of epoch {epoch + 1}")
             effect = causal_effect(original, losses)                            # Eq. (4)
-            A = affinity(on_shared_prompts(grads))                              # Eq. (5)
-            phi = weights_of(args, prompts.alpha, prompts.beta, effect, A)      # Eq. (6)
+            A = affinity(torch.cat([grads[name].flatten(1) for name in ("P_l_shared", "P_v_shared")], dim=1))                 # Eq. (5)
+            phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)    # Eq. (6)
             combine = cagrad_gradient if args.cagrad else scheduled_gradient
             for p, g in zip(theta, combine(phi, grads.values(), theta)):        # Eq. (9)
                 p.grad = g
@@ -340,25 +306,15 @@ def log_row(prompts, losses, effects, phis, affinities):
                 batch_effect=cell(effects[:16].t()), batch_phi=cell(phis[:16].t()))     # Figure 4 shows 16 batches
 
 
-def tell_schedule(tasks, omega):
-    if len(tasks) == 1:
-        print("one task: the schedule changes the size of its steps and nothing else")
-    number = sum(x.numel() for x in omega.values())
-    print(f"{number} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart from the prompts", flush=True)
-
-
 def score(args, model, preprocess, tasks, prompts):
     """Zero-shot CLIP's and the method's accuracy on every task, in per cent; the schedule, and what it was made of at the end."""
-    with torch.no_grad():
-        theta = prompts.copies()
-        text_features, image = texts_of(args, tasks).encode(model, text_prompts(theta)), image_prompts(theta)
-    scores = dict(zero_shot=[], accuracy=[])
-    for i, (task, plain, learned) in enumerate(zip(tasks, common.zero_shot(model, tasks), text_features)):
+    theta = {name: x.detach() for name, x in prompts.copies().items()}
+    text, image = prompts_of(theta)
+    text_features, scores = texts_of(args, tasks).encode(model, text), dict(zero_shot=[], accuracy=[])
+    for i, (task, plain) in enumerate(zip(tasks, common.zero_shot(model, tasks))):
         x, labels = common.image_features(model, task.test, preprocess, image[:, i])
-        with torch.no_grad():
-            x = select(theta, x, i)
         scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain))
-        scores["accuracy"].append(common.evaluate(model, preprocess, task, learned, features=(x, labels)))
+        scores["accuracy"].append(common.evaluate(model, preprocess, task, text_features[i], features=(select(theta, x, i), labels)))
     own = {name: getattr(prompts, name).tolist() for name in ("alpha", "beta", "effect", "affinity", "phi")}
     return dict(scores, **own, schedule_parameters=sum(x.numel() for x in omega_of(args, prompts).values()))
 
@@ -375,19 +331,17 @@ def plot(folder, result):
         mine = [row for row in rows if row["seed"] == seed]
         at = lambda epoch: mine[min(epoch, len(mine)) - 1]                      # of a shorter training the last one
         figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.2 * len(names)), squeeze=False, layout="tight")
-        for i, name in enumerate(names):
-            for axis, key, says in zip(axes[i], ("batch_effect", "batch_phi"), ("causal effect, Eq. (4)", "weight, Eq. (6)")):
-                for row in (at(1), at(20)):
-                    axis.plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o", label=f"epoch {row['epoch']}")
-                axis.set_title(f"{name}: {says}"), axis.set_xlabel("batch"), axis.legend()
+        for (i, name), (k, key) in itertools.product(enumerate(names), enumerate(("batch_effect", "batch_phi"))):
+            for row in (at(1), at(20)):
+                axes[i, k].plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o", label=f"epoch {row['epoch']}")
+            axes[i, k].set(title=f"{name}: {('causal effect, Eq. (4)', 'weight, Eq. (6)')[k]}", xlabel="batch"), axes[i, k].legend()
         figure.savefig(folder / f"causal-{seed}.png", dpi=150)
         figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="tight")
-        for axis, key in ((axes[0, 0], "losses"), (axes[1, 0], "alpha"), (axes[1, 1], "beta"), (axes[1, 2], "phi")):
-            axis.set_title(key if key != "beta" else "beta, tasks' rows by colour"), axis.set_xlabel("epoch")
+        for axis, key in zip(axes.flat[[0, 3, 4, 5]], ("losses", "alpha", "beta", "phi")):
             for i, name in enumerate(names):
-                values = torch.tensor([row[key][i] for row in mine]).view(len(mine), -1)
-                values = values[:, torch.arange(len(names)) != i] if key == "beta" else values      # its diagonal has no part
-                axis.plot([row["epoch"] for row in mine], values, color=f"C{i}", label=name if key != "beta" else None)
+                values = torch.tensor([row[key][i] for row in mine])            # of beta a line each source task
+                axis.plot([row["epoch"] for row in mine], values, color=f"C{i}", label=name if key == "losses" else None)
+            axis.set(title=key, xlabel="epoch")
         axes[0, 0].legend()
         for axis, row in zip(axes[0, 1:], (at(5), at(10))):
             figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
@@ -403,21 +357,17 @@ def main(argv=None):
     parser.add_argument("--upper-lr", type=float, help="learning rate of alpha and beta " + says("upper_lr"))
     parser.add_argument("--terms", type=int, metavar="H", help="Hessian products in the Neumann series " + says("terms"))
     parser.add_argument("--scale", type=float, help="scale of the Neumann series (default: the value of --lr)")
-    parser.add_argument("--no-selection", action="store_true", help="masks fixed at 0.5 (Table 4)")
-    parser.add_argument("--no-prompt-schedule", action="store_true", help="weights without the causal effect (Table 4)")
-    parser.add_argument("--no-task-schedule", action="store_true", help="weights without the inter-task affinity (Table 4)")
-    parser.add_argument("--cagrad", action="store_true", help="CAGrad instead of the task schedule (Table 4)")
+    for flag, does in (("no-selection", "masks fixed at 0.5"), ("no-prompt-schedule", "weights without the causal effect"),
+                       ("no-task-schedule", "weights without the inter-task affinity"), ("cagrad", "CAGrad instead of the task schedule")):
+        parser.add_argument(f"--{flag}", action="store_true", help=f"{does} (Table 4)")
     args = common.parse(parser, argv)
-    for key, least in dict(upper_every=1, terms=0).items():
-        if getattr(args, key) < least:
-            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is too small: give {least} or more")
-    for key in ("upper_lr", "scale"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is no rate: give a number above 0")
+    args.scale = args.lr if args.scale is None else args.scale
+    for key, remedy in dict(upper_every="1 or more", terms="0 or more", upper_lr="a number above 0", scale="a number above 0").items():
+        if not (0 < getattr(args, key) < math.inf or key == "terms" and args.terms == 0):
+            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} cannot be: give {remedy}")
     if args.cagrad and args.no_task_schedule:
         raise common.UserError("--cagrad takes the place of the task schedule already: leave out --no-task-schedule")
     usual = {**PAPER, **(TINY if args.clip == "tiny" else {}), "scale": args.lr}
-    args.scale = args.scale or args.lr
     own = "upper_every upper_lr terms scale no_selection no_prompt_schedule no_task_schedule cagrad".split()
     args.variant = ", ".join(common.said(key, getattr(args, key)) for key in own if getattr(args, key) != usual.get(key, False)) or None
     common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, plot=plot)

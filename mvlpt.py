@@ -70,7 +70,7 @@ PAPER_OF = dict(
     coop=dict(n_ctx=16, views=8),   # "a context length of 16 for both CoOp and VPT"; the views are ours
     vpt=dict(n_ctx=16),
     upt=dict())
-TINY = dict(epochs=10, min_crop=0.6)                # the built-in backbone's, chosen on fxemoji
+TINY = dict(epochs=10, batch_size=8, min_crop=0.6)          # the built-in backbone's, chosen on fxemoji
 TINY_OF = dict(coop=dict(), vpt=dict(n_ctx=4), upt=dict())
 WIDTH = 128                         # "a one-layer one-head Transformer block whose hidden dimension is cut to be 128"
 WARM_UP = 1e-5                      # CoOp's rate in its one epoch of warm-up

@@ -52,7 +52,8 @@ def main():
 
     def lower_step():
         grads, losses, original = jscpt.task_gradients(model, texts, prompts, batches)
-        effect, A = jscpt.causal_effect(original, losses), jscpt.affinity(jscpt.on_shared_prompts(grads))
+        shared = torch.cat([grads[name].flatten(1) for name in ("P_l_shared", "P_v_shared")], dim=1)
+        effect, A = jscpt.causal_effect(original, losses), jscpt.affinity(shared)
         phi = jscpt.schedule(prompts.alpha, prompts.beta, effect, A)
         for p, g in zip(theta, jscpt.scheduled_gradient(phi, grads.values(), theta)):
             p.grad = g
@@ -67,7 +68,8 @@ def main():
     up, _ = milliseconds(device, lambda: jscpt.upper_step(args, model, texts, prompts, batches, dev, effect, A, upper), 2)
     first, v = milliseconds(device, lambda: torch.autograd.grad(jscpt.losses_of(model, texts, prompts.copies(), dev)[0].sum(), theta))
     second, grads = milliseconds(device, twice, 2)
-    third, _ = milliseconds(device, lambda: jscpt.hessian_product(phi, grads.values(), theta)(v))
+    gradient = jscpt.scheduled_gradient(phi, grads.values(), theta)
+    third, _ = milliseconds(device, lambda: torch.autograd.grad(gradient, theta, v, retain_graph=True))
     rows, length = texts.tokens.shape
     print(f"{words.clip} on {device}: 4 tasks, {words.batch} images each, {rows} texts of {length} tokens")
     print(f"  lower step                           {low:8.0f} ms")

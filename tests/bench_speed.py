@@ -79,8 +79,8 @@ def training(name, model, tasks, batch, **changes):
         def lower_step():
             theta = list(prompts.parameters())
             grads, losses, original = method.task_gradients(model, texts, prompts, batches)
-            A, effect = method.affinity(method.on_shared_prompts(grads)), method.causal_effect(original, losses)
-            phi = method.weights_of(args, prompts.alpha, prompts.beta, effect, A)
+            shared = torch.cat([grads[key].flatten(1) for key in ("P_l_shared", "P_v_shared")], dim=1)
+            phi = method.schedule(prompts.alpha, prompts.beta, method.causal_effect(original, losses), method.affinity(shared))
             for p, g in zip(theta, method.scheduled_gradient(phi, grads.values(), theta)):
                 p.grad = g
             return losses.sum()
@@ -190,7 +190,7 @@ def row_of(words, name):
     if hasattr(prompts, "image_prompts") or name in ("mvlpt", "jscpt"):
         method = common.load_method(name)
         with torch.no_grad():
-            images = prompts()[1] if name == "mvlpt" else method.image_prompts(prompts.copies())[:, 0] if name == "jscpt" else \
+            images = prompts()[1] if name == "mvlpt" else method.prompts_of(prompts.copies())[1][:, 0] if name == "jscpt" else \
                 prompts.image_prompts()[:, 0]
     text = torch.randn(65, model.text_projection.shape[1], device=model.logit_scale.device)
     evaluation = lambda: common.evaluate(model, lambda image: image, tasks[0], text, images)

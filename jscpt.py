@@ -62,7 +62,7 @@ PAPER = dict(                       # Sec. 4.1, "Implementation details"
     upper_every=10,                 # Sec. 3.4: "H is set to 3 and M to 10": M
     terms=3,                        # ... H
     upper_lr=0.0015)                # eta_2: ours, the paper states none
-TINY = dict(epochs=10, lr=0.0003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)    # chosen on fxemoji
+TINY = dict(epochs=5, lr=0.0003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)    # chosen on fxemoji
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 HIDDEN = 32                         # of the selection network: what the paper's 0.203 M numbers a task leave room for
 OPEN = 8.0                          # how far below 0 a feature's part in a direction may lie before ReLU cuts it off at first

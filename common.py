@@ -395,7 +395,7 @@ def parse(parser, argv=None):
     if args.resume and args.eval:
         raise UserError("--resume goes on with a training and --eval scores a finished one: give one of them")
     if (args.predict or args.task) and not (args.eval and args.predict):
-        raise UserError("--task belongs to --predict IMAGE..., and --predict to --eval CKPT, the prompts.pt to predict with: give them together")
+        raise UserError("--task belongs to --predict IMAGE..., and --predict to --eval CKPT, a run's prompts.pt: give them together")
     if args.resume:
         if args.out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
@@ -745,7 +745,7 @@ def commands(argv=None):
     if word in ("-h", "--help"):
         return print(f"usage: python common.py {'|'.join(known)} ...   (each has --help)")
     if word not in known:
-        raise UserError(f"'{word}' is no command{_nearest(word, known)}: use python common.py {', '.join(known)}, or a method's file")
+        raise UserError(f"'{word}' is no command{_nearest(word, known)}: say python common.py {' or '.join(known)}, or use a method's file")
     file, function = known[word]
     getattr(load_file(HERE / "data" / file, f"multitask_prompt_{file[:-3]}"), function)(rest)
 

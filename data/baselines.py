@@ -169,8 +169,8 @@ def unit_features(model, images, preprocess):
 
 def probe(argv=None):
     """`python common.py probe`: a logistic regression for each task."""
-    parser = arguments("probe", "Linear probe: logistic regression on frozen image features, one for each task. Its L2 strength is chosen "
-                       "on validation images (a dataset's own, or a fifth of the training images), never on test images.")
+    parser = arguments("probe", "Linear probe: logistic regression on frozen image features, one for each task. Its L2 strength is "
+                       "chosen on validation images (a dataset's own, or a fifth of the training images), never on test images.")
     parser.add_argument("--start", choices=["zero", "zero-shot"], default="zero",
                         help="what the penalty draws the weights to: zero, or the zero-shot classifier (default zero)")
     args = parser.parse_args(argv)

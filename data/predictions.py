@@ -9,9 +9,10 @@ def check(args, saved):
     """Refuse images that are missing or broken and tasks that are not there; returns the name of the task to predict for."""
     names = list(saved["tasks"])
     if args.task is None and len(names) > 1:
-        raise UserError(f"{args.eval} has {len(names)} tasks: say which one the images are of with --task, one of {', '.join(names)}")
+        raise UserError(f"{args.eval} has {len(names)} tasks: say with --task which one the images are of: {', '.join(names)}")
     if args.task is not None and args.task not in names:
-        raise UserError(f"{args.eval} has no task '{args.task}'{common._nearest(args.task, names)}: give --task one of {', '.join(names)}")
+        near = common._nearest(args.task, names)
+        raise UserError(f"{args.eval} has no task '{args.task}'{near}: give --task one of {', '.join(names)}")
     for path in args.predict:
         if not Path(path).is_file():
             raise UserError(f"there is no image {path}: give --predict the files of images")
@@ -27,9 +28,11 @@ def tasks_of(args, saved, chosen, kept):
     """
     templates = saved.get("templates")
     if templates is None:
-        templates = {task.name: task.template for task in common.load_tasks(args.data, args.split, args.shots, args.seeds[0], args.root)}
+        tasks = common.load_tasks(args.data, args.split, args.shots, args.seeds[0], args.root)
+        templates = {task.name: task.template for task in tasks}
     if templates.keys() != saved["tasks"].keys():
-        raise UserError(f"{args.eval} was saved without templates, and --data {args.data} has other tasks: give the --data it was trained on")
+        raise UserError(f"{args.eval} was saved without templates, and --data {args.data} has other tasks: give the --data that it "
+                        "was trained on")
     keep = lambda scores, labels: kept.append(scores) or 0.0
     images = Images(args.predict, [0] * len(args.predict))
     return [Task(name, classes, templates[name], images, images if name == chosen else images.subset([0]),

@@ -18,9 +18,10 @@ NEEDED = {*SETTINGS, "validate", "seeds", "tasks", "zero_shot", "accuracy", "ave
 
 def main(argv=None):
     parser = common._Parser(prog="common.py table", description=WORDS, allow_abbrev=False)
-    parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="run folders, or folders that hold some (default runs)")
-    parser.add_argument("--out", metavar="DIR", help="also write table.md and table.csv there")
-    parser.add_argument("--plot", action="store_true", help="also draw accuracy against trainable parameters and against shots into --out")
+    add = parser.add_argument
+    add("folders", nargs="*", default=["runs"], metavar="DIR", help="run folders, or folders that hold some (default runs)")
+    add("--out", metavar="DIR", help="also write table.md and table.csv there")
+    add("--plot", action="store_true", help="also draw accuracy against trainable parameters and against shots into --out")
     args = parser.parse_args(argv)
     if args.plot and not args.out:
         raise UserError("--plot needs --out DIR, the folder that the pictures go to")
@@ -33,7 +34,8 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another folder") from error
-        common.write_whole(out / "table.md", "\n".join(f"**{title}**\n\n{as_markdown(layout(table))}\n" for title, table in tables.items()))
+        sections = [f"**{title}**\n\n{as_markdown(layout(table))}\n" for title, table in tables.items()]
+        common.write_whole(out / "table.md", "\n".join(sections))
         common.write_whole(out / "table.csv", as_csv(tables))
         pictures = (plot_parameters(out, tables) + plot_shots(out, tables)) if args.plot else []
         print(f"\n{', '.join(['table.md', 'table.csv', *pictures])} are in {out}")
@@ -57,7 +59,8 @@ def read_results(folders):
         except (OSError, ValueError, AttributeError, TypeError, KeyError):
             fits = False
         if not fits:
-            raise UserError(f"{path} does not hold the result of a run of this version of the project: take it away, or give other folders")
+            raise UserError(f"{path} does not hold the result of a run of this version of the project: take it away, or give other "
+                            "folders")
         validated += bool(result.get("validate"))
         if not result.get("validate"):
             found.append(dict(result, folder=str(path.parent)))
@@ -83,8 +86,8 @@ def tabulate(results):
         column["trainable_parameters"] = result["trainable_parameters"]
         for i, seed in enumerate(result["seeds"]):
             if seed in column["scores"]:
-                print(f"{result['method']}, seed {seed}: {result['folder']} counts, being later than {column['scores'][seed]['folder']}",
-                      file=sys.stderr)
+                earlier = column["scores"][seed]["folder"]
+                print(f"{result['method']}, seed {seed}: {result['folder']} counts, being later than {earlier}", file=sys.stderr)
             column["scores"][seed] = dict(folder=result["folder"], zero_shot=result["zero_shot"],
                                           accuracy={task: result["accuracy"][task][i] for task in result["tasks"]})
     for columns in tables.values():
@@ -98,7 +101,7 @@ def tabulate(results):
 
 
 def title_of(result, tables):
-    """What runs in one table share: `officehome, split 0.1, ViT-B/16`, and the tasks where a table so called has others."""
+    """What the runs of one table share: `officehome, split 0.1, ViT-B/16`, and the tasks where a table so called has others."""
     part = f"split {result['split']}" if result["split"] is not None else f"{result['shots']} shots" if result["shots"] else "all"
     title = f"{result['data']}, {part}, {result['clip']}"
     others = [column["tasks"] for column in tables.get(title, {}).values() if column["tasks"] != result["tasks"]]
@@ -165,7 +168,8 @@ def plot_parameters(out, tables):
     for axis, (title, table) in zip(axes[0], tables.items()):
         for column in table.values():
             spread = statistics.stdev(column["accuracy"]["average"]) if len(column["seeds"]) > 1 else None
-            axis.errorbar(column["trainable_parameters"], statistics.mean(column["accuracy"]["average"]), spread, fmt="o", label=column["label"])
+            mean = statistics.mean(column["accuracy"]["average"])
+            axis.errorbar(column["trainable_parameters"], mean, spread, fmt="o", label=column["label"])
         widest = max(table.values(), key=lambda column: len(column["seeds"]))
         axis.axhline(statistics.mean(widest["zero_shot"]["average"]), color="grey", linestyle="--", label="zero-shot CLIP")
         axis.set_xscale("symlog"), axis.set_xlabel("trainable parameters"), axis.set_ylabel("average accuracy (%)")
@@ -176,9 +180,9 @@ def plot_parameters(out, tables):
 
 
 def plot_shots(out, tables):
-    """shots.png where runs on the same data and backbone differ in their shots: accuracy against shots (MmAP, Figure 4; HiPro, Figure 6).
+    """shots.png where runs on the same data and backbone differ in their shots (MmAP, Figure 4; HiPro, Figure 6).
 
-    A row of panels a (data, backbone), a panel a task and one for the average, a line a method with its settings.
+    Accuracy against shots: a row of panels a (data, backbone), a panel a task and one for the average, a line a method with its settings.
     """
     found = {}
     for column in [column for table in tables.values() for column in table.values() if column["shots"]]:
@@ -199,8 +203,10 @@ def plot_shots(out, tables):
             for name, line in zip(names, lines.values()):
                 line = sorted(line, key=lambda c: c["shots"])
                 spread = [statistics.stdev(c["accuracy"][task]) if len(c["seeds"]) > 1 else 0 for c in line]
-                axis.errorbar([c["shots"] for c in line], [statistics.mean(c["accuracy"][task]) for c in line], spread, marker="o", label=name)
-            axis.set_title(f"{key[0]}, {key[1]}: {task}", fontsize=9), axis.set_xlabel("images a class"), axis.set_ylabel("accuracy (%)")
+                means = [statistics.mean(c["accuracy"][task]) for c in line]
+                axis.errorbar([c["shots"] for c in line], means, spread, marker="o", label=name)
+            axis.set_title(f"{key[0]}, {key[1]}: {task}", fontsize=9)
+            axis.set_xlabel("images a class"), axis.set_ylabel("accuracy (%)")
         for axis in row[len(key) - 1:]:
             axis.axis("off")
         row[0].legend(fontsize=7)

@@ -23,7 +23,8 @@ baselines = common.load_file(DATA / "baselines.py", "multitask_prompt_baselines"
 # ---------------------------------------------------------------------------------------------------- the papers' numbers
 
 N_TASKS = dict(officehome=4, minidomainnet=4, domainnet=6, elevater20=20)
-INCONSISTENT = {("HiPro", "Table 2", "IMTL", 0.01): "51.01", ("JSCPT", "Table 1", "VPT, multi", 0.2): "85.425"}     # the mean of the rows
+INCONSISTENT = {("HiPro", "Table 2", "IMTL", 0.01): "51.01",                    # the mean of the rows
+                ("JSCPT", "Table 1", "VPT, multi", 0.2): "85.425"}
 
 
 def test_a_printed_average_is_that_of_its_rows_but_for_two_that_the_papers_print_so():
@@ -56,9 +57,11 @@ def settings_of(command, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         if script == "common.py":
-            patch.setattr(baselines, "load", lambda args: (setattr(args, "clip", args.clip or "ViT-B/16"), ({1: []}, None, None))[1])
+            patch.setattr(common, "load_tasks", lambda *args: [])
+            patch.setattr(common, "load_clip", lambda *args: (None, None))
             patch.setattr(common, "zero_shot", lambda *args: [])
-            patch.setattr(baselines, "report", lambda args, method, variant, *more: seen.append(dict(vars(args), method=method, variant=variant)))
+            keep = lambda args, method, variant, *more: seen.append(dict(vars(args), method=method, variant=variant))
+            patch.setattr(baselines, "report", keep)
             common.commands(words)
         else:
             patch.setattr(common, "run_seeds", lambda args, *more, **other: seen.append(vars(args)))
@@ -68,7 +71,8 @@ def settings_of(command, monkeypatch):
 
 def test_every_command_of_the_readme_has_its_papers_number_and_every_number_a_command(monkeypatch):
     reports, reached = common.load_file(DATA / "reports.py", "multitask_prompt_reports"), []
-    lines = re.findall(r"^    (python .*?) +# ((?:MmAP|HiPro|JSCPT|MVLPT), Table .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (python .*?) +# ((?:MmAP|HiPro|JSCPT|MVLPT), Table .*)$", readme, re.M)
     for line, named in lines:
         for command in expand(line):
             columns = reports.papers_columns(settings_of(command, monkeypatch))
@@ -78,8 +82,9 @@ def test_every_command_of_the_readme_has_its_papers_number_and_every_number_a_co
 
 
 def test_numbers_of_two_papers_stand_side_by_side_with_one_decimal_and_a_note(capsys):
-    settings = dict(data="officehome", split=0.1, shots=None, validate=False, tasks=["Real World"], zero_shot={"Real World": 80.0}, seeds=[1],
-                    accuracy={"Real World": [81.0]}, average=[81.0], trainable_parameters=1, clip_parameters=2, seconds=[1.0], variant=None)
+    settings = dict(data="officehome", split=0.1, shots=None, validate=False, tasks=["Real World"], zero_shot={"Real World": 80.0},
+                    accuracy={"Real World": [81.0]}, average=[81.0], trainable_parameters=1, clip_parameters=2, seconds=[1.0],
+                    seeds=[1], variant=None)
     common.print_table(dict(settings, method="zero_shot", clip="ViT-B/16", epochs=None, lr=None, batch_size=None, n_ctx=None))
     printed = capsys.readouterr().out
     assert re.search(r"MmAP, Table 1 +JSCPT, Table 1\n", printed) and re.search(r"Real World +80.0 +81.0 +90.1 +89.8\n", printed)
@@ -92,9 +97,9 @@ def test_numbers_of_two_papers_stand_side_by_side_with_one_decimal_and_a_note(ca
 # --------------------------------------------------------------------------------------------------- tables of finished runs
 
 def write_run(folder, **changes):
-    result = dict(method="coop_mt", variant=None, data="pets", split=None, shots=4, clip="tiny", epochs=5, lr=0.1, batch_size=4, n_ctx=4,
-                  validate=False, seeds=[1, 2], tasks=["A", "B"], zero_shot=dict(A=50.0, B=30.0), accuracy=dict(A=[60.0, 62.0], B=[40.0, 41.0]),
-                  trainable_parameters=1234, clip_parameters=10, seconds=[1.0, 1.0])
+    result = dict(method="coop_mt", variant=None, data="pets", split=None, shots=4, clip="tiny", epochs=5, lr=0.1, batch_size=4,
+                  n_ctx=4, validate=False, seeds=[1, 2], tasks=["A", "B"], zero_shot=dict(A=50.0, B=30.0),
+                  accuracy=dict(A=[60.0, 62.0], B=[40.0, 41.0]), trainable_parameters=1234, clip_parameters=10, seconds=[1.0, 1.0])
     result.update(changes)
     result["average"] = [sum(x) / 2 for x in zip(*result["accuracy"].values())]
     folder.mkdir(parents=True)
@@ -119,7 +124,7 @@ def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     assert average == ["average", "40.0", "52.0 ± 2.3", "50.8 ± 1.1", "2.0"]    # of 50, 51.5, 54.5 and of 50, 51.5
     assert "62.0 ± 2.0" in printed.out and "1 2 3" in printed.out and "1,234" in printed.out
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open(encoding="utf-8")))
-    mine = [row for row in rows if row["epochs"] == "5" and row["shots"] == "4" and row["task"] == "average" and row["method"] == "coop_mt"]
+    mine = [row for row in rows if [row[k] for k in ("method", "epochs", "shots", "task")] == ["coop_mt", "5", "4", "average"]]
     assert len(rows) == 12 and len(mine) == 1 and (mine[0]["mean"], mine[0]["std"], mine[0]["seeds"]) == ("52.0", "2.2913", "1 2 3")
 
 
@@ -144,15 +149,17 @@ def test_pictures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, 
             drawn[axis.get_xlabel(), axis.get_title()] = [(list(x), list(y)) for x, y in (line.get_data() for line in axis.lines)]
     monkeypatch.undo()
     plt.close("all")
-    assert ([1, 4], [51.0, 61.0]) in drawn["images a class", "pets, tiny: A"] and ([1, 4], [50.0, 50.0]) in drawn["images a class", "pets, tiny: A"]
+    first = drawn["images a class", "pets, tiny: A"]
+    assert ([1, 4], [51.0, 61.0]) in first and ([1, 4], [50.0, 50.0]) in first  # the method and zero-shot CLIP
     assert ([1, 4], [50.5, 60.5]) in drawn["images a class", "pets, tiny: average"]
     assert ([1234], [50.5]) in drawn["trainable parameters", "pets, 1 shots, tiny"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.md", "table.csv", "parameters.png", "shots.png"}
 
 
 @pytest.mark.parametrize("words, says", [
-    (["table", "nowhere"], ["no folder nowhere"]), (["table", "empty"], ["no finished run", "empty"]), (["table", "broken"], ["result.json", "take it away"]),
-    (["table", "good", "--plot"], ["--plot needs --out"]), (["tabel"], ["'tabel'", "did you mean 'table'"]), ([], ["zero-shot"]),
+    (["table", "nowhere"], ["no folder nowhere"]), (["table", "empty"], ["no finished run", "empty"]),
+    (["table", "broken"], ["result.json", "take it away"]), (["table", "good", "--plot"], ["--plot needs --out"]),
+    (["tabel"], ["'tabel'", "did you mean 'table'"]), ([], ["zero-shot"]),
     (["probe", "--seeds", "1", "1"], ["--seeds 1 1"]), (["zero-shot", "--clip", "ViT"], ["unknown backbone 'ViT'"]),
     (["zero-shot", "--out", "good"], ["good holds another result"])])
 def test_bad_words_are_met_with_one_line(words, says, tmp_path, monkeypatch, capsys):
@@ -180,14 +187,15 @@ def test_a_task_has_the_templates_of_its_name_or_benchmark_or_the_general_ones()
     task.name = "aquatic mammals"
     assert baselines.templates_of(task, "cifar100") == known["cifar100"] and len(known["cifar100"]) == 18
     assert baselines.templates_of(task, "some/folder") == known["other"] != known["emoji"]
-    assert len(known["ucf101"]) == 48 and known["dtd"] == known["describabletextures"] and all("{}" in t for ts in known.values() for t in ts)
+    assert len(known["ucf101"]) == 48 and known["dtd"] == known["describabletextures"]
+    assert all("{}" in template for templates in known.values() for template in templates)
 
 
 def test_logistic_regression_is_where_its_gradient_vanishes_and_a_strong_penalty_keeps_the_start():
     torch.manual_seed(0)
     x, y, start = F.normalize(torch.randn(12, 5), dim=-1), torch.arange(12) % 3, torch.randn(3, 5)
     weights, bias = baselines.fit(x, y, start, 0.1, scale=7.0)
-    error = (7 * x @ weights.t() + bias).softmax(1) - F.one_hot(y, 3)           # by hand: dL/dV = 7 error^T x / n + 0.1 V, dL/db = mean error
+    error = (7 * x @ weights.t() + bias).softmax(1) - F.one_hot(y, 3)           # by hand: dL/dV = 7 error^T x / n + 0.1 V, dL/db = mean
     assert (7 * error.t() @ x / 12 + 0.1 * (weights - start)).abs().max() < 1e-3 and error.mean(0).abs().max() < 1e-3
     assert (weights - start).abs().max() > 0.1 and (baselines.fit(x, y, start, 1e6, 7.0)[0] - start).abs().max() < 1e-3
 
@@ -209,10 +217,12 @@ def test_zero_shot_and_probe_end_with_the_closing_table_and_a_result(tmp_path, t
     data = make_tree(tmp_path / "shapes", {f"{d}/{c}": 6 for d in ("drawn", "painted") for c in ("cup", "hat")})
     monkeypatch.setattr(common, "load_clip", lambda *args: tiny)
     for name, words in (("zero-shot", ["--templates", "ensemble"]), ("probe", ["--start", "zero-shot"])):
-        common.commands([name, "--data", str(data), "--clip", "tiny", "--shots", "3", "--seeds", "1", "2", *words, "--out", str(tmp_path / "runs" / name)])
+        out = ["--out", str(tmp_path / "runs" / name)]
+        common.commands([name, "--data", str(data), "--clip", "tiny", "--shots", "3", "--seeds", "1", "2", *words, *out])
         printed = capsys.readouterr().out
         result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
-        assert re.search(rf"zero-shot +{name.replace('-', '_')}\n", printed) and re.search(r"average +\d+\.\d +\d+\.\d ± \d+\.\d\n", printed)
+        assert re.search(rf"zero-shot +{name.replace('-', '_')}\n", printed)
+        assert re.search(r"average +\d+\.\d +\d+\.\d ± \d+\.\d\n", printed)
         assert result["variant"] == "with " + " ".join(words) and len(result["accuracy"]["drawn"]) == 2
     assert result["trainable_parameters"] == 2 * 2 * (192 + 1) and len(result["l2"]) == 2
     common.commands(["table", str(tmp_path / "runs")])
@@ -224,12 +234,12 @@ def test_zero_shot_and_probe_end_with_the_closing_table_and_a_result(tmp_path, t
 NAMES = ["cup", "hat", "red ball", "dog", "cat", "bird"]
 
 
-def saved_run(method, tmp_path, model, monkeypatch, *words):
+def saved_run(method, tmp_path, model, monkeypatch):
     """(module, random prompts, path of the prompts.pt that they are saved in) of two tasks; the dataset does not exist."""
     module, seen = common.load_method(method), []
     with monkeypatch.context() as patch:
         patch.setattr(common, "run_seeds", lambda args, *more, **other: seen.append(args))
-        module.main(["--data", str(tmp_path / "gone"), "--shots", "1", "--clip", "tiny", "--n-ctx", "4", "--out", str(tmp_path / "run"), *words])
+        module.main(["--data", str(tmp_path / "gone"), "--shots", "1", "--clip", "tiny", "--n-ctx", "4", "--out", str(tmp_path / "run")])
     tasks = [common.Task(name, NAMES, "a drawing of a {}", [], []) for name in ("drawn", "painted")]
     torch.manual_seed(3)
     prompts = module.build(seen[0], model, tasks)
@@ -299,7 +309,8 @@ def test_predictions_are_the_probabilities_computed_by_hand_and_need_no_dataset(
     (["--predict", "0.png", "--task", "painter"], ["no task 'painter'", "did you mean 'painted'"]),
     (["--predict", "none.png", "--task", "drawn"], ["no image none.png"]),
     (["--predict", "0.png", "text.png", "--task", "drawn"], ["text.png cannot be decoded"]),
-    (["--task", "drawn"], ["--task belongs to --predict"]), (["--predict", "0.png", "--task", "drawn", "--seeds", "4"], ["seeds 1, not of 4"])])
+    (["--task", "drawn"], ["--task belongs to --predict"]),
+    (["--predict", "0.png", "--task", "drawn", "--seeds", "4"], ["seeds 1, not of 4"])])
 def test_what_cannot_be_predicted_is_refused_in_one_line(words, says, tmp_path, tiny, monkeypatch, capsys):
     module, _, path = saved_run("coop_mt", tmp_path, tiny[0], monkeypatch)
     monkeypatch.chdir(tmp_path)

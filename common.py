@@ -264,7 +264,12 @@ def evaluate(model, preprocess, task, text_features, prompts=None, images=None, 
 
 
 def per_cent_right(scores, labels, metric="accuracy"):
-    """Per cent of rows of scores [B, C] whose largest is at labels [B]; "mean per class" weighs the classes equally."""
+    """Per cent of rows of scores [B, C] whose largest is at labels [B]; "mean per class" weighs the classes equally.
+
+    Or what a function `metric(scores, labels)` makes of them.
+    """
+    if callable(metric):
+        return metric(scores, labels)
     hits, labels = (scores.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
     if metric == "accuracy":
         return 100 * hits.mean().item()
@@ -377,6 +382,8 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     add("--out", metavar="DIR", help="folder of this run (default one of its own under runs/)")
     add("--resume", action="store_true", help="go on with the run in --out, with the settings saved there")
     add("--eval", metavar="CKPT", help="score a saved prompts.pt instead of training; writes nothing")
+    add("--predict", metavar="IMAGE", nargs="+", help="with --eval: print the likeliest classes of these images, and no table")
+    add("--task", metavar="NAME", help="with --predict: the task that the images are of, where there are several")
     add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
     add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card that has it always does")
     add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
@@ -394,6 +401,8 @@ def parse(parser, argv=None):
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     if args.resume and args.eval:
         raise UserError("--resume goes on with a training and --eval scores a finished one: give one of them")
+    if (args.predict or args.task) and not (args.eval and args.predict):
+        raise UserError("--task belongs to --predict IMAGE..., and --predict to --eval CKPT, a run's prompts.pt: give them together")
     if args.resume:
         if args.out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
@@ -518,7 +527,7 @@ def load_saved(path, what, keys, remedy):
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # truncated, foreign and malicious files fail in many ways, all of them here
         raise UserError(f"{path} is not {what} of this project ({_brief(error)}): {remedy}") from error
-    kinds = dict(settings=dict, prompts=dict, tasks=dict, finished=dict, rows=list, current=(dict, type(None)))
+    kinds = dict(settings=dict, prompts=dict, tasks=dict, templates=dict, finished=dict, rows=list, current=(dict, type(None)))
     if not isinstance(saved, dict) or not {"method", "settings", *keys} <= saved.keys() or \
             not all(isinstance(saved[key], kind) for key, kind in kinds.items() if key in saved):
         raise UserError(f"{path} is not {what} of this project (it holds something else): {remedy}")
@@ -543,7 +552,7 @@ class Run:
     FREE = {"out", "plot", "device", "root", "download", "compile", "max_mem"}   # settings that a resumed run may change
 
     def __init__(self, args):
-        self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval", "predict", "task")}
         self.folder, self.resumed = Path(args.out) if args.out else self._free_folder(self.settings), args.resume
         self.state = dict(method=args.method, settings=self.settings, finished={}, rows=[], current=None)
         self.prompts = {}
@@ -630,7 +639,8 @@ class Run:
         """Keep trained prompts before anything else can fail."""
         self.prompts[seed] = {k: v.detach().cpu() for k, v in module.state_dict().items()}
         self._save("prompts.pt", dict(method=self.settings["method"], settings=self.settings, prompts=self.prompts,
-                                      tasks={task.name: list(task.class_names) for task in tasks}))
+                                      tasks={task.name: list(task.class_names) for task in tasks},
+                                      templates={task.name: task.template for task in tasks}))
 
     def finish_seed(self, seed, scores):
         """Keep a seed's scores: zero_shot and accuracy (a number a task), trainable_parameters, and the method's own."""
@@ -674,16 +684,27 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
                        "--clip ViT-B/16")
     if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
         raise resnet
+    saved = load_prompts(args.eval, args.method) if args.eval else dict(prompts={})
+    for seed in args.seeds if args.eval else []:
+        if seed not in saved["prompts"]:
+            raise UserError(f"{args.eval} has prompts of the seeds {', '.join(map(str, saved['prompts']))}, not of {seed}")
+
+    def restore(prompts, seed):
+        try:
+            prompts.load_state_dict(saved["prompts"][seed])
+        except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"the prompts in {args.eval} do not fit {args.data} ({_brief(error)}): give the --data they were "
+                            "trained on") from error
+
+    if args.predict:
+        predictions = load_file(HERE / "data" / "predictions.py", "multitask_prompt_predictions")
+        return predictions.predict(args, saved, build, restore, score)
     run = None if args.eval else Run(args)
     if args.download:
         find_listings(args.data, args.root, download=True)
     tasks = _checked_tasks(args, n_text)
     if check:
         check(args, tasks[args.seeds[0]])
-    saved = load_prompts(args.eval, args.method)["prompts"] if args.eval else {}
-    for seed in args.seeds if args.eval else []:
-        if seed not in saved:
-            raise UserError(f"{args.eval} has prompts of the seeds {', '.join(map(str, saved))}, not of {seed}")
     model, preprocess = load_clip(args.clip, args.device)
     if image_prompts and not hasattr(model.visual, "transformer"):
         raise resnet
@@ -698,11 +719,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
         finished = {}
         for seed in args.seeds:
             prompts = build(args, model, tasks[seed])
-            try:
-                prompts.load_state_dict(saved[seed])
-            except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-                raise UserError(f"the prompts in {args.eval} do not fit {args.data} ({_brief(error)}): give the --data they were "
-                                "trained on") from error
+            restore(prompts, seed)
             finished[seed] = scored(seed, prompts, seconds=0.0)
         return print_table(gather(vars(args), tasks[args.seeds[0]], model, finished))
     run.open({f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]})
@@ -740,13 +757,18 @@ def progress(iterable, text):
 
 
 def commands(argv=None):
-    """`python common.py COMMAND ...`: what there is besides training, each a function of a module under data/."""
-    table = {"check": ("checks", "check")}
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] not in table:
-        raise UserError(f"give one of {', '.join(table)}, as in python common.py check --data officehome --root data")
-    file, function = table[words[0]]
-    getattr(load_file(HERE / "data" / f"{file}.py", f"multitask_prompt_{file}"), function)(words[1:])
+    """`python common.py check|table|zero-shot|probe ...`: what belongs to no method; word -> (file in data/, its function)."""
+    known = {"check": ("checks.py", "check"),
+             "table": ("tables.py", "main"),
+             "zero-shot": ("baselines.py", "zero_shot"),
+             "probe": ("baselines.py", "probe")}
+    word, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["nothing"]
+    if word in ("-h", "--help"):
+        return print(f"usage: python common.py {'|'.join(known)} ...   (each has --help)")
+    if word not in known:
+        raise UserError(f"'{word}' is no command{_nearest(word, known)}: say python common.py {' or '.join(known)}, or use a method's file")
+    file, function = known[word]
+    getattr(load_file(HERE / "data" / file, f"multitask_prompt_{file[:-3]}"), function)(rest)
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def score(args, model, preprocess, tasks, prompts):
     for i, (task, plain) in enumerate(zip(tasks, common.zero_shot(model, tasks))):
         x, labels = common.image_features(model, task.test, preprocess)
         scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain, features=(x, labels)))
-        fused = F.normalize(x, dim=-1) @ getattr(prompts, f"classifier_{i}").t()                    # [n, K]
+        fused = model.logit_scale.exp() * F.normalize(x, dim=-1) @ getattr(prompts, f"classifier_{i}").t()  # [n, K]
         scores["accuracy"].append(common.per_cent_right(fused, labels, task.metric))
     measured = args.grouping in ("tree", "tag") and len(tasks) > 1
     return dict(scores, affinity=prompts.affinity.tolist()) if measured else scores

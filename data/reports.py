@@ -1,6 +1,8 @@
 """What a run ends with: the contents of result.json, the closing table, the pictures. `common` passes these names on."""
 import json
+import re
 import statistics
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +30,36 @@ def mean_std(values):
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def print_table(result):
-    """The closing table: a row a task and the average; zero-shot CLIP, the method, the paper's number where there is one."""
+def papers_columns(result):
+    """The columns of the papers' tables (paper_results.json) whose method, data and settings are those of a result."""
     papers = json.loads(PAPERS.read_text(encoding="utf-8"))["columns"]
-    same = lambda paper: all(paper.get(key) == result.get(key) for key in SETTINGS)
-    paper = next((p for p in papers if same(p) and not result["validate"]), None)
+    return [] if result["validate"] else [p for p in papers if all(p.get(key) == result.get(key) for key in SETTINGS)]
+
+
+def one_decimal(printed):
+    """`75.84 ± 0.50` as `75.8 ± 0.5`: HiPro and MVLPT print two decimals."""
+    return re.sub(r"\d+\.\d+", lambda number: str(Decimal(number[0]).quantize(Decimal("0.1"), ROUND_HALF_UP)), printed)
+
+
+def print_table(result):
+    """The closing table: a row a task and the average; zero-shot CLIP, the method, the papers' numbers where there are some."""
     rows = [[name, f"{result['zero_shot'][name]:.1f}", mean_std(result["accuracy"][name])] for name in result["tasks"]]
     rows.append(["average", f"{statistics.mean(result['zero_shot'].values()):.1f}", mean_std(result["average"])])
     head = ["", "zero-shot", result["method"]]
-    if paper:
+    plain = lambda name: "".join(filter(str.isalnum, name)).lower()             # "CIFAR-100" and "CIFAR100" are one task
+    papers = papers_columns(result)
+    for paper in papers:
         head.append(f"{paper['paper']}, {paper['table']}")
+        printed = {plain(name): one_decimal(number) for name, number in paper["results"].items()}
         for row in rows:
-            row.append(paper["results"].get(row[0], ""))
+            row.append(printed.get(plain(row[0]), ""))
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print()
     for row in [head, *rows]:
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    for paper in papers:
+        if "note" in paper:
+            print(f"\n{paper['paper']}, {paper['table']}: {paper['note']}")
     share = 100 * result["trainable_parameters"] / result["clip_parameters"]
     print(f"\n{result['trainable_parameters']:,} trainable parameters, {share:.2f} per cent of CLIP's; accuracy in per cent, "
           f"seeds {' '.join(map(str, result['seeds']))}; trained in {statistics.mean(result['seconds']):.0f} s a seed")

@@ -218,9 +218,9 @@ def logits(model, image_features, text_features):
 load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
 from multitask_prompt_listings import (KEEP, PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, collate,  # noqa: E402, F401
                                        encode_batches, epoch_batches, find_listings, hold_out, image_batches, image_features, load_tasks,
-                                       read_image, read_tile, train_transform, view_features)
+                                       read_image, read_tile, train_transform, view_batches, view_features)
 load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents, the plots
-from multitask_prompt_reports import gather, plot_run, print_table  # noqa: E402
+from multitask_prompt_reports import gather, plot_run, print_table, read_source, read_transfer, write_transfer  # noqa: E402, F401
 for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
 
@@ -670,7 +670,8 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
     build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
     score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
     vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT;
-    check(args, tasks): refuses what a method cannot do; plot(folder, result): draws its own pictures.
+    check(args, tasks): refuses what a method cannot do, and may return a dict of what else a resumed run has to find as it
+    was; plot(folder, result): draws its own pictures.
     """
     if args.finished:
         print_table(args.finished)
@@ -703,8 +704,8 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
     if args.download:
         find_listings(args.data, args.root, download=True)
     tasks = _checked_tasks(args, n_text)
-    if check:
-        check(args, tasks[args.seeds[0]])
+    found = {f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]}
+    found.update(check(args, tasks[args.seeds[0]]) or {} if check else {})
     model, preprocess = load_clip(args.clip, args.device)
     if image_prompts and not hasattr(model.visual, "transformer"):
         raise resnet
@@ -722,7 +723,7 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
             restore(prompts, seed)
             finished[seed] = scored(seed, prompts, seconds=0.0)
         return print_table(gather(vars(args), tasks[args.seeds[0]], model, finished))
-    run.open({f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]})
+    run.open(found)
     for seed in args.seeds:
         if seed not in run.state["finished"]:
             prompts = train(args, model, tasks[seed], run, seed)

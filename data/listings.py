@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UserError, autocast, encode_image, load_file
+from common import UserError, autocast, encode_image, load_file, seed_everything
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
 
@@ -88,7 +88,7 @@ class Listing:
     val: list = None
     metric: str = "accuracy"
     read: Callable = read_image
-    notes: list = field(default_factory=list)       # what is not as published, a line each
+    notes: list = field(default_factory=list)       # what is not as published, or not as asked for, a line each
 
 
 @dataclass
@@ -112,7 +112,7 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     class. Where a dataset has no test set of its own the rest is the test set, and with `shots` a class keeps at least a
     fifth of its images, and one, for it. Neither: every image of the training set (for a dataset with a test set).
     The choice depends on the data and the seed only. Raises UserError for whatever is wrong with the data or the numbers; that a
-    published dataset is not whole is one line on stderr.
+    published dataset is not whole, or has classes too small for `shots`, is one line on stderr.
     """
     if split is not None and shots is not None:
         raise UserError("--split and --shots say the same thing in two ways: give one of them")
@@ -156,9 +156,9 @@ def divide(listing, split, shots, seed):
     """(training, test, validation) Images of a listing, drawn class by class from the seed and the listing's `draw`.
 
     `split` takes max(1, round(split * n)) of a class's n images, `shots` that many. Where the dataset has no test set the
-    rest is it, and `shots` leaves at least a fifth of a class, and one image, for it.
+    rest is it, and `shots` leaves at least a fifth of a class, and one image, for it; what it cannot have, a note says.
     """
-    train, test = [], []
+    train, test, taken = [], [], []
     for label, items in enumerate(listing.items):
         order = list(range(len(items)))
         random.Random(f"{seed}/{listing.draw}/{label}").shuffle(order)
@@ -172,6 +172,10 @@ def divide(listing, split, shots, seed):
                                 "needs one to train and one to test on: add images or take the class away")
         train += [(items[i], label) for i in sorted(order[:take])]
         test += [(items[i], label) for i in sorted(order[take:])]
+        taken.append(take)
+    if shots is not None and min(taken) < shots:
+        few = f"{sum(take < shots for take in taken)} of {listing.name}'s {len(taken)} classes can give fewer, at least {min(taken)}"
+        listing.notes.append(f"--shots {shots}: {few}{'' if listing.test else ', with some left to test on'}")
     if listing.test:
         test = [(item, label) for label, items in enumerate(listing.test) for item in items]
     if not test:
@@ -321,6 +325,26 @@ def view_features(model, images, n_views, min_crop=0.08):
     """
     features, labels = image_features(model, images, train_transform(model, min_crop), copies=n_views)
     return features.reshape(n_views, len(images), -1), labels
+
+
+def view_batches(model, tasks, args, seed, epoch, seen):
+    """Yield one list of (features [b, D], labels [b]) a step, a pair a task: `image_batches` under a frozen encoder.
+
+    args.views: so many views an image, of which a step shows one, or 0 for fresh ones every epoch. seen: a dict that keeps the
+    features of all views for the next call, by (Images, epoch). Seeds PyTorch itself, from `seed` and `epoch`.
+    """
+    views = []
+    for task in tasks:
+        key = (task.train, 0 if args.views else epoch)
+        if key not in seen:
+            for old in [old for old in seen if isinstance(old, tuple) and old[0] is task.train]:
+                del seen[old]                                                   # fresh views are for one epoch
+            seed_everything(seed, 2 * key[1])
+            seen[key] = view_features(model, task.train, args.views or 1, args.min_crop)
+        views.append(seen[key])
+    seed_everything(seed, 2 * epoch + 1)
+    for picks in epoch_batches([len(task.train) for task in tasks], args.batch_size):
+        yield [(x[torch.randint(len(x), p.shape), p], labels[p]) for (x, labels), p in zip(views, picks)]
 
 
 def encode_batches(model, batches, prompts):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import sys
 import types
 
 import pytest
@@ -15,7 +16,7 @@ import common
 
 mvlpt = common.load_method("mvlpt")
 KINDS = ["coop", "vpt", "upt"]
-SETTINGS = dict(prompt="upt", n_ctx=2, epochs=2, adapt_epochs=2, lr=0.002, batch_size=5, views=1, min_crop=0.6, source=None, init=None,
+SETTINGS = dict(prompt="upt", n_ctx=2, resume=False, epochs=2, adapt_epochs=2, lr=0.002, batch_size=5, views=1, min_crop=0.6, source=None, init=None,
                 transfer=None, transferability=False, group_size=1, grouping="best", data="here", split=None, shots=None, validate=False,
                 seeds=[1], clip="random", root="data", eval=None)
 
@@ -55,6 +56,13 @@ def same(one, other):
 
 def trained(small, tasks, run=None, **changes):
     return mvlpt.train(settings(**changes), small, tasks, run or Memory(), seed=1)
+
+
+def matrix_file(path, names, accuracy, **changes):
+    """A study's transfer.json, measured as `settings` are."""
+    about = dict({key: SETTINGS[key] for key in ("prompt", "clip", "split", "shots")}, **changes)
+    path.write_text(json.dumps(dict(about, tasks=names, accuracy=accuracy)))
+    return str(path)
 
 
 def new_prompt(small, kind, **changes):
@@ -234,7 +242,7 @@ def test_the_study_scores_every_tasks_prompt_on_every_tasks_test_images(small, t
     assert scores["accuracy"] == pytest.approx(by_hand.diagonal().tolist())
     assert torch.allclose(torch.tensor(scores["transfer_accuracy"]), by_hand)
     saved = json.loads((tmp_path / "transfer.json").read_text())
-    assert saved["tasks"] == ["a", "b", "c"] and torch.allclose(torch.tensor(saved["accuracy"]), by_hand)
+    assert saved["images"] == "test" and saved["tasks"] == ["a", "b", "c"] and torch.allclose(torch.tensor(saved["accuracy"]), by_hand)
     head, *rows = csv.reader((tmp_path / "transfer.csv").open())
     assert head == ["source", "a", "b", "c"] and [row[0] for row in rows] == ["a", "b", "c"]
     for i, j in itertools.product(range(3), repeat=2):
@@ -250,28 +258,36 @@ def test_groups_are_chosen_on_validation_images_and_on_training_images_where_the
     held = [part.val.items for part in mvlpt.with_validation(three[:2], 1)]
     for images in seen[6:9]:                                                    # after two epochs of each task alone
         assert [part.items for part in images] == [*held, three[2].train.items]
+    assert json.loads((tmp_path / "transfer.json").read_text())["images"] == "validation and training"
+
+
+def test_a_study_that_validates_says_that_no_test_image_was_scored(small, tmp_path):
+    """`common` has put held out training images in place of the test images then."""
+    args = settings(prompt="coop", transferability=True, source="none", validate=True, epochs=1, adapt_epochs=1)
+    mvlpt.train(args, small, small_tasks("a", "b"), Memory(tmp_path), seed=1)
+    assert json.loads((tmp_path / "transfer.json").read_text())["images"] == "validation"
 
 
 def test_a_studys_file_averages_the_seeds(tmp_path):
     run = Memory(tmp_path)
     run.state["finished"][1] = dict(transfer_accuracy=[[80.0, 20.0], [40.0, 60.0]])
-    mvlpt.write_transfer(settings(), run, small_tasks("a", "b"), 2, torch.tensor([[40.0, 20.0], [20.0, 20.0]]))
+    accuracy = torch.tensor([[40.0, 20.0], [20.0, 20.0]])
+    common.write_transfer(settings(), run, ["a", "b"], 2, accuracy, mvlpt.transferability, ["test", "test"])
     saved = json.loads((tmp_path / "transfer.json").read_text())
     assert saved["seeds"] == [1, 2] and saved["accuracy"] == [[60.0, 20.0], [30.0, 40.0]] and saved["transfer"] == [[1.0, 0.5], [0.5, 1.0]]
 
 
 def test_a_matrix_given_back_is_found_by_the_tasks_names(tmp_path):
-    path = tmp_path / "transfer.json"
-    path.write_text(json.dumps(dict(tasks=["a", "b", "c"], accuracy=[[1, 2, 3], [4, 5, 6], [7, 8, 9]])))
-    assert mvlpt.read_transfer(path, ["c", "a"]).tolist() == [[9, 7], [3, 1]]
+    path = matrix_file(tmp_path / "transfer.json", ["a", "b", "c"], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    assert common.read_transfer(settings(transfer=path), ["c", "a"]).tolist() == [[9, 7], [3, 1]]
 
 
 def test_frozen_image_features_are_computed_once_for_the_whole_study(small, three, tmp_path, monkeypatch):
     calls = []
-    for name in ("view_features", "image_features"):
-        plain = getattr(common, name)
-        monkeypatch.setattr(common, name, lambda model, images, *words, plain=plain, name=name:
-                            calls.append((name, id(images))) or plain(model, images, *words))
+    plain = common.image_features
+    for module in (common, sys.modules["multitask_prompt_listings"]):           # of the latter, `view_features` calls it
+        monkeypatch.setattr(module, "image_features", lambda model, images, *words, **more:
+                            calls.append(images) or plain(model, images, *words, **more))
     trained(small, three, Memory(tmp_path), prompt="coop", transferability=True, source="none")
     assert len(calls) == len(set(calls)) == 9                                   # views, validation and test images of three tasks
 
@@ -332,29 +348,32 @@ def test_each_target_keeps_its_own_best_epoch_and_the_first_of_equals(small, mon
     """Stage 1 is best on average in its second epoch; then one joint training serves the targets best in its third and first."""
     tasks = small_tasks("a", "b")
     script = [[50, 10], [20, 60], [70, 5], [60, 20]] + [[30, 80], [10, 20], [40, 80], [40, 1]]
-    seen = planted(monkeypatch, {("a", "b"): script})
-    prompts = trained(small, tasks, prompt="vpt", group_size="all", epochs=4, adapt_epochs=4, lr=0.1)
+    seen, run = planted(monkeypatch, {("a", "b"): script}), Memory()
+    prompts = trained(small, tasks, run, prompt="vpt", group_size="all", epochs=4, adapt_epochs=4, lr=0.1)
     states = seen["a", "b"]
     assert is_state(prompts.source, states[1])
     assert is_state(prompts.targets[0], states[6]) and is_state(prompts.targets[1], states[4])
     assert len({float(state["U_V"].sum()) for state in states}) == 8
+    assert [row["val"] for row in run.rows] == [30, 40, 37.5, 40, 55, 15, 60, 20.5]
 
 
 def test_a_group_of_two_keeps_a_checkpoint_for_the_target_only(small, tmp_path, monkeypatch):
     """c's partner is a, whose own group is with b: a's score in c's group must not count."""
-    tasks, path = small_tasks("a", "b", "c"), tmp_path / "transfer.json"
-    path.write_text(json.dumps(dict(tasks=["a", "b", "c"], accuracy=[[9, 8, 5], [8, 9, 1], [1, 1, 9]])))
+    tasks = small_tasks("a", "b", "c")
+    path = matrix_file(tmp_path / "transfer.json", ["a", "b", "c"], [[9, 8, 5], [8, 9, 1], [1, 1, 9]], prompt="vpt")
     seen = planted(monkeypatch, {("a", "b"): [[1, 5], [2, 4]], ("a", "c"): [[100, 2], [100, 1]]})
     run = Memory()
-    prompts = trained(small, tasks, run, prompt="vpt", source="none", group_size=2, transfer=str(path), lr=0.1)
+    prompts = trained(small, tasks, run, prompt="vpt", source="none", group_size=2, transfer=path, lr=0.1)
     assert prompts.groups.tolist() == [[0, 1], [1, 0], [2, 0]] and [row["tasks"] for row in run.rows] == ["a + b"] * 2 + ["a + c"] * 2
     assert is_state(prompts.targets[0], seen["a", "b"][1]) and is_state(prompts.targets[1], seen["a", "b"][0])
-    assert is_state(prompts.targets[2], seen["a", "c"][0])
+    assert is_state(prompts.targets[2], seen["a", "c"][0]) and [row["val"] for row in run.rows] == [3, 3, 2, 1]     # of kept modules
 
 
 def test_without_validation_images_the_last_epoch_is_kept(small, monkeypatch):
     seen = planted(monkeypatch, {("a", "b"): [[None, 30], [None, 20]], ("a",): [[None]] * 3, ("b",): [[50], [60], [55]]})
-    prompts = trained(small, small_tasks("a", "b"), prompt="vpt", adapt_epochs=3, lr=0.1)
+    run = Memory()
+    prompts = trained(small, small_tasks("a", "b"), run, prompt="vpt", adapt_epochs=3, lr=0.1)
+    assert [row["val"] for row in run.rows] == [30, 20, None, None, None, 50, 60, 55]
     assert is_state(prompts.source, seen["a", "b"][0])                          # b alone decides
     assert is_state(prompts.targets[0], seen["a",][2]) and is_state(prompts.targets[1], seen["b",][1])
 
@@ -390,6 +409,29 @@ def test_training_takes_adams_steps_on_the_sum_of_the_losses(small, three, kind)
             p.data -= rate * (m / (1 - 0.9 ** (epoch + 1))) / ((v / (1 - 0.999 ** (epoch + 1))).sqrt() + 1e-8)
     for (name, p), q, (_, _, sure) in zip(result.named_parameters(), prompt.parameters(), moments):
         assert sure.float().mean() > 0.3 and (p - q)[sure].abs().max() < 2e-4, name
+
+
+def test_the_loss_in_the_log_is_the_mean_over_the_tasks(small, three, monkeypatch):
+    """Steps of three tasks in stage 1, of one in stage 2: both are a task's loss."""
+    losses_of, seen = mvlpt.losses_of, []
+    monkeypatch.setattr(mvlpt, "losses_of", lambda *words: seen.append(losses_of(*words)) or seen[-1])
+    run = Memory()
+    trained(small, three, run, prompt="coop", epochs=1, adapt_epochs=1)
+    assert [len(x) for x in seen] == [3, 1, 1, 1]
+    assert [row["loss"] for row in run.rows] == pytest.approx([x.mean().item() for x in seen])
+
+
+@pytest.mark.parametrize("changes", [dict(prompt="coop"), dict(prompt="coop", views=0), dict(prompt="vpt")], ids=str)
+def test_stage_2_has_other_batches_than_stage_1(small, monkeypatch, changes):
+    """All together: the same tasks in both stages."""
+    tasks, seen, losses_of = small_tasks("a", "b"), [], mvlpt.losses_of
+
+    def noted(model, texts, prompt, batches):
+        seen.append(torch.cat([x.flatten() for x, _ in batches]))
+        return losses_of(model, texts, prompt, batches)
+    monkeypatch.setattr(mvlpt, "losses_of", noted)
+    trained(small, tasks, group_size="all", **changes)
+    assert len(seen) == 4 and not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
 def test_a_prompt_adapted_for_zero_epochs_equals_its_source(small, three):
@@ -456,6 +498,28 @@ def test_killed_after_any_epoch_a_training_ends_where_it_would_have_ended(small,
         assert same(trained(small, three, run, **words), expected) and run.rows == whole.rows, stop
 
 
+def test_a_resumed_run_asks_neither_file_again(small, tmp_path):
+    """Killed in its first epoch, with both files changed before it goes on: the matrix and the source prompts are in the checkpoint."""
+    tasks, names = small_tasks("a", "b", "c"), ["a", "b", "c"]
+    source = trained(small, tasks, prompt="coop", adapt_epochs=0)
+    state = dict(method="mvlpt", settings=dict(SETTINGS, prompt="coop"), prompts={1: source.state_dict(), 2: source.state_dict()}, tasks={})
+    words = dict(prompt="coop", group_size=2, init=str(tmp_path / "prompts.pt"), transfer=str(tmp_path / "transfer.json"))
+
+    def run_of(run, seed=1):
+        torch.save(state, words["init"])
+        matrix_file(tmp_path / "transfer.json", names, [[9, 8, 5], [8, 9, 1], [1, 1, 9]], prompt="coop")
+        return mvlpt.train(settings(seeds=[1, 2], **words), small, tasks, run, seed)
+    expected, other, run = run_of(Memory()), run_of(Memory(), 2), Memory(stop=1)
+    with pytest.raises(Killed):
+        run_of(run)
+    (tmp_path / "prompts.pt").write_bytes(b""), (tmp_path / "transfer.json").write_text("{}")
+    run.stop = None
+    args = settings(seeds=[1, 2], resume=True, **words)
+    assert same(mvlpt.train(args, small, tasks, run, 1), expected)
+    run.saved = None                                                            # the next seed begins
+    assert same(mvlpt.train(args, small, tasks, run, 2), other)
+
+
 # --------------------------------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
@@ -484,8 +548,9 @@ def refused(*words, says, folder):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("words, n_ctx, views", [([], 4, 0), (["--prompt", "coop"], 16, 8), (["--prompt", "vpt"], 16, 0),
-                                                 (["--prompt", "coop", "--n-ctx", "3", "--views", "0"], 3, 0)])
+@pytest.mark.parametrize("words, n_ctx, views", [
+    ([], 4, 0), (["--prompt", "coop"], 16, 8), (["--prompt", "vpt"], 4, 0), (["--prompt", "vpt", "--clip", "ViT-B/16"], 16, 0),
+    (["--prompt", "coop", "--n-ctx", "3", "--views", "0"], 3, 0)])
 def test_every_kind_has_its_own_length_and_views(monkeypatch, words, n_ctx, views):
     told = {}
     monkeypatch.setattr(common, "run_seeds", lambda args, *more, **how: told.update(vars(args)))
@@ -500,6 +565,7 @@ def test_other_source_tasks_and_the_prompt_given_back(finished, tmp_path, capsys
     assert [row["tasks"] for row in csv.DictReader((tmp_path / "a" / "log.csv").open())] == ["photo + sketch", "drawn", "painted"]
     mvlpt.main([str(word) for word in [*words, "--init", tmp_path / "a" / "prompts.pt", "--out", tmp_path / "b"]])
     one, other = [json.loads((tmp_path / name / "result.json").read_text()) for name in "ab"]
+    assert all(row["val"] for row in csv.DictReader((tmp_path / "a" / "log.csv").open()))
     assert one["accuracy"] == other["accuracy"] and one["groups"] == [[["drawn"], ["painted"]]] and one["variant"] != other["variant"]
 
 
@@ -513,6 +579,7 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(backbone, tmp_pa
     mvlpt.main([str(word) for word in [*words, "--group-size", 2, "--grouping", "worst", "--transfer", matrix, "--out", tmp_path / "run"]])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["transfer"] == study["transfer"] and "transfer, seed 1 (a row is a source" in capsys.readouterr().out
+    assert f"with --transfer {matrix}" in result["variant"] and "--transfer" not in study["variant"]
     assert [group[0] for group in result["groups"][0]] == result["tasks"] and all(len(group) == 2 for group in result["groups"][0])
     refused(*words, "--group-size", 2, "--transfer", tmp_path / "study" / "log.csv", says=["log.csv", "transfer.json"], folder=tmp_path)
     broken = json.loads(matrix.read_text())
@@ -521,6 +588,10 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(backbone, tmp_pa
         refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", "no transfer matrix"], folder=tmp_path)
     (tmp_path / "bad.json").write_text(json.dumps(dict(broken, tasks=["drawn", "painted", "carved"])))
     refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", "carved", "'photo'"], folder=tmp_path)
+    for changes, says in [(dict(prompt="vpt"), "with --prompt vpt, not with --prompt coop"), (dict(clip="tiny"), "with --clip tiny"),
+                          (dict(shots=4), "with --shots 4, not with --shots 5"), (dict(split=0.1), "with --split 0.1, not without --split")]:
+        (tmp_path / "bad.json").write_text(json.dumps(dict(broken, **changes)))
+        refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", says], folder=tmp_path)
 
 
 def test_one_shot_has_no_validation_part_and_says_so(finished, tmp_path, capsys):
@@ -529,18 +600,12 @@ def test_one_shot_has_no_validation_part_and_says_so(finished, tmp_path, capsys)
     assert "no validation images of drawn, painted: the last checkpoint is kept" in capsys.readouterr().out
 
 
-def test_more_shots_than_a_class_can_give_takes_what_leaves_test_images_and_says_so(finished, tmp_path, capsys):
-    _, words = finished
-    mvlpt.main([str(word) for word in [*words, "--shots", 20, "--out", tmp_path / "run"]])
-    printed = capsys.readouterr().out
-    assert "--shots 20: 2 of drawn's 2 classes can give fewer" in printed and "least 5" in printed and "of painted's" in printed
-
-
 @pytest.mark.parametrize("more, says", [
     (["--prompt", "upt"], ["with --prompt coop", "not with --prompt upt"]),
     (["--n-ctx", 3], ["with --n-ctx 2", "not with --n-ctx 3"]),
     (["--clip", "tiny"], ["not with --clip tiny"]),
-    (["--seeds", 1, 2], ["seeds 1", "not of 2"]),
+    (["--seeds", 1, 2], ["seeds 1", "not of 2"]), (["--validate"], ["without --validate", "not with --validate"]),
+    (["--shots", 4], ["with --shots 5", "not with --shots 4"]), (["--split", 0.5], ["--split"]),
     (["--source", "emoji"], ["--init", "--source", "one of them"])])
 def test_a_source_prompt_that_does_not_fit_is_refused(finished, tmp_path, more, says):
     run, words = finished
@@ -587,3 +652,41 @@ def test_an_undecodable_source_image_is_found_before_anything_is_written(finishe
     path = common.load_tasks(str(data), shots=5)[0].train.items[1]
     path.write_bytes(b"not a picture")
     refused(*words, "--source", data, "--out", tmp_path / "new", says=[path, "cannot be decoded"], folder=tmp_path)
+
+
+def test_source_images_that_a_target_tests_on_are_refused_under_any_spelling(finished, tmp_path):
+    """A link to one of the target's folders, as a task of another name: it is split at other places."""
+    _, words = finished
+    (tmp_path / "link").symlink_to(words[1] / "drawn", target_is_directory=True)
+    refused(*words, "--source", f"sketched={tmp_path / 'link'}", "--out", tmp_path / "new", folder=tmp_path,
+            says=["--source sketched=", words[1] / "drawn", "tests on"])
+    refused(*words, "--source", f"drawn={tmp_path / 'link'}", "--n-ctx", 75, "--out", tmp_path / "new", folder=tmp_path,
+            says=["75 context vectors"])                                        # of the same name it is split at the same places
+
+
+def test_prompts_are_scored_on_the_tasks_that_they_were_trained_on(finished, tmp_path, capsys):
+    run, words = finished
+    mvlpt.main(["--eval", str(run / "prompts.pt")])
+    assert "drawn" in capsys.readouterr().out
+    swapped = f"painted={words[1] / 'painted'},drawn={words[1] / 'drawn'}"
+    for data in (swapped, f"a={words[1] / 'drawn'},b={words[1] / 'painted'}"):
+        refused("--eval", run / "prompts.pt", "--data", data, says=["prompts.pt", data, "another order"], folder=tmp_path)
+
+
+def test_a_run_goes_on_with_the_source_tasks_that_it_began_with(finished, tmp_path, monkeypatch):
+    _, words = finished
+    data = make_tree(tmp_path / "other", {f"{d}/{c}": 6 for d in ("photo", "sketch") for c in ("dog", "cat")})
+    checkpoint, words = common.Run.checkpoint, [*words, "--source", data, "--epochs", 2, "--out", tmp_path / "run"]
+
+    def killed(*args, **parts):
+        checkpoint(*args, **parts)
+        raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "checkpoint", killed)
+        with pytest.raises(Killed):
+            mvlpt.main([str(word) for word in words])
+    (data / "photo" / "cat").rename(data / "photo" / "cow"), (data / "sketch" / "cat").rename(data / "sketch" / "cow")
+    refused("--resume", "--out", tmp_path / "run", says=["checkpoint.pt", "does not fit the data"], folder=tmp_path)
+    (data / "photo" / "cow").rename(data / "photo" / "cat"), (data / "sketch" / "cow").rename(data / "sketch" / "cat")
+    mvlpt.main(["--resume", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "result.json").exists()

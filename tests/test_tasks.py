@@ -81,6 +81,17 @@ def test_shots_leave_a_fifth_of_a_class_and_one_image_for_testing(tmp_path):
     assert Counter(a.train.labels) == {0: 2, 1: 2} and Counter(b.train.labels) == {0: 2, 1: 1}
 
 
+def test_classes_that_can_give_fewer_than_shots_are_named_once(tmp_path, capsys):
+    """Classes of 5, 12 and 7 images with 9 wanted; another seed says nothing new."""
+    make_tree(tmp_path, {"a/x": 5, "a/y": 12, "a/z": 7})
+    common.load_tasks(f"few={tmp_path / 'a'}", shots=4)
+    assert not capsys.readouterr().err
+    for seed in (1, 2):
+        common.load_tasks(f"few={tmp_path / 'a'}", shots=9, seed=seed)
+    line = "warning: --shots 9: 2 of few's 3 classes can give fewer, at least 4, with some left to test on\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("place, domains, lower", [
     ("OfficeHomeDataset_10072016", ["Art", "Clipart", "Product", "Real World"], False),
     ("office_home", ["art", "clipart", "product", "real_world"], True), (".", ["Art", "Clipart", "Product", "Real World"], False)])

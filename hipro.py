@@ -42,7 +42,7 @@ PAPER = dict(                       # Sec. 4, "Training Details"
     views=8,                        # ours
     min_crop=0.08,                  # Dassl's random resized crop
     grouping="tree")                # Sec. 3.3; the other values are Table 4's
-TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6)        # as CoOp-MT's, whose were chosen on validation images
+TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6)        # as CoOp-MT's; tried on fxemoji
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
 SHARED_PROMPTS, EVERY = 8, 5        # "We estimate the inter-task affinity every 5 steps with 8 task-shared prompts"
 

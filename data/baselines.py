@@ -34,9 +34,9 @@ def arguments(name, description):
 
 def load(args):
     """The tasks of every seed, and CLIP; UserError for what cannot be, before anything is computed."""
-    args.clip = args.clip or ("tiny" if args.data == "emoji" else "ViT-B/16")
-    if args.data == "emoji" and args.split is None and args.shots is None:
-        args.split = 0.1
+    args.clip = args.clip or ("tiny" if args.data in common.BUILT_IN else "ViT-B/16")
+    if args.split is None and args.shots is None:
+        args.split = common.BUILT_IN.get(args.data)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, each once")
     if args.out and (Path(args.out) / "result.json").exists():

@@ -64,7 +64,8 @@ def officehome(root):
     """Office-Home: the official archive's folder, Dassl's `office_home`, or either of them as `root` itself."""
     names = ["Art", "Clipart", "Product", "Real World"]
     listings = named_domains(root, "Office-Home", ["OfficeHomeDataset_10072016", "office_home"], names)
-    return compared(listings, "Office-Home", root, classes=65, images=15_588)
+    published = files.read_lines(Path(__file__).with_name("class_names") / "officehome.txt")
+    return compared(listings, "Office-Home", root, classes=65, images=15_588, names=published)
 
 
 def pacs(root):

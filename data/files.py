@@ -111,11 +111,17 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
     return Listing(name, [names[label] for label in labels], template, lists["train"], draw, test=lists.get("test"), val=lists.get("val"))
 
 
-def compared(listings, title, place, classes, images=None):
-    """The listings, with a note on the first where they are not as many classes (a task) or images (in all) as were published."""
+def compared(listings, title, place, classes, images=None, names=()):
+    """The listings, with a note on the first where they are not as many classes (a task) or images (in all) as were published.
+
+    names: the published class names, so that the missing ones can be named.
+    """
     found = len(listings[0].class_names), sum(len(items) for x in listings for items in images_of(x).values())
     says = [f"{have:,} {what} where {published:,} were published ({abs(published - have):,} {'missing' if have < published else 'too many'})"
             for have, what, published in zip(found, ("classes", "images"), (classes, images)) if published and have != published]
+    missing = [name for name in names if name not in listings[0].class_names]
+    if missing:
+        says.append(f"no {', '.join(missing[:10])}{' and so on' * (len(missing) > 10)}")
     if says:
         listings[0] = replace(listings[0], notes=[*listings[0].notes, f"{title} in {place} has {' and '.join(says)}"])
     return listings

@@ -605,7 +605,7 @@ def test_one_shot_has_no_validation_part_and_says_so(finished, tmp_path, capsys)
     (["--n-ctx", 3], ["with --n-ctx 2", "not with --n-ctx 3"]),
     (["--clip", "tiny"], ["not with --clip tiny"]),
     (["--seeds", 1, 2], ["seeds 1", "not of 2"]), (["--validate"], ["without --validate", "not with --validate"]),
-    (["--shots", 4], ["with --shots 5", "not with --shots 4"]), (["--split", 0.5], ["--split"]),
+    (["--shots", 4], ["with --shots 5", "not with --shots 4"]),
     (["--source", "emoji"], ["--init", "--source", "one of them"])])
 def test_a_source_prompt_that_does_not_fit_is_refused(finished, tmp_path, more, says):
     run, words = finished

@@ -363,9 +363,9 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
     parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, minidomainnet, domainnet, cifar100, coop10, coop11, one of CoOp's "
-        "datasets (data/README.md), a folder domain/class/*.jpg, or name=path for a folder class/*.jpg that makes one task; several "
-        "joined by commas (default emoji)")
+    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, minidomainnet, domainnet, cifar100, coop10, coop11, one of "
+        "CoOp's datasets (data/README.md), a folder domain/class/*.jpg, or name=path for a folder class/*.jpg that makes one task; "
+        "several joined by commas (default emoji)")
     add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
     add("--shots", type=int, help="images of each class to train on, instead of --split")
     add("--seeds", type=int, nargs="+", help="one training a seed, reported as mean ± std (default 1)")

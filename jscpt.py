@@ -89,7 +89,7 @@ class MTVLP(nn.Module):
         if selection:
             self.m = nn.Parameter(self.m)
         state = dict(alpha=torch.ones(n_tasks), beta=torch.ones(n_tasks, n_tasks), steps=torch.tensor(0),       # lower steps so far
-                     effect=torch.zeros(n_tasks), affinity=torch.zeros(n_tasks, n_tasks), phi=torch.zeros(n_tasks))     # an epoch's means
+                     effect=torch.zeros(n_tasks), affinity=torch.zeros(n_tasks, n_tasks), phi=torch.zeros(n_tasks))     # epoch's means
         for name, x in state.items():
             self.register_buffer(name, x)
 
@@ -270,8 +270,10 @@ def train(args, model, tasks, run, seed):
     lower = torch.optim.SGD(theta, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)          # passes over what gets no gradient
     start = run.restore(seed, prompts=prompts, lower=lower, upper=upper)
-    says = "one task: the schedule changes the size of its steps and nothing else\n" if len(tasks) == 1 else ""
-    print(f"{says}{sum(x.numel() for x in omega.values())} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart", flush=True)
+    if len(tasks) == 1:
+        print("one task: the schedule changes the size of its steps and nothing else")
+    number = sum(x.numel() for x in omega.values())
+    print(f"{number} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart", flush=True)
     for epoch in common.progress(range(start, args.epochs), "train"):
         common.seed_everything(seed, epoch + 1)
         epochs = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())

@@ -534,7 +534,7 @@ def test_check_says_the_first_problems_and_the_number_of_the_rest(command, tree)
 @pytest.mark.parametrize("words, says_what", [
     (["check", "--data", "domainet"], "did you mean 'domainnet'"), (["check", "--data", "minidomainet"], "did you mean 'minidomainnet'"),
     (["check", "--data", "OxfordPets"], "did you mean 'oxford_pets'"), (["check", "--data", "coop12"], "did you mean 'coop1"),
-    (["check"], "--data"), (["chek"], "give one of check"), ([], "give one of check"),
+    (["check"], "--data"), (["chek"], "did you mean 'check'"), ([], "say python common.py check"),
     (["check", "--data", "dtd", "--root", "nowhere"], "there is no folder nowhere")], ids=" ".join)
 def test_a_mistake_is_one_line_and_exit_code_2(command, words, says_what):
     code, out, err = command(*words)

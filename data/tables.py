@@ -166,13 +166,16 @@ def plot_parameters(out, tables):
     plt = pyplot()
     figure, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4.5), squeeze=False, layout="tight")
     for axis, (title, table) in zip(axes[0], tables.items()):
-        for column in table.values():
+        columns = [column for column in table.values() if column["trainable_parameters"]]           # an ensemble of templates has none
+        sizes = [column["trainable_parameters"] for column in columns] or [1]
+        axis.set_xscale("log"), axis.set_xlim(min(sizes) / 2, max(sizes) * 2)
+        for column in columns:
             spread = statistics.stdev(column["accuracy"]["average"]) if len(column["seeds"]) > 1 else None
             mean = statistics.mean(column["accuracy"]["average"])
             axis.errorbar(column["trainable_parameters"], mean, spread, fmt="o", label=column["label"])
         widest = max(table.values(), key=lambda column: len(column["seeds"]))
         axis.axhline(statistics.mean(widest["zero_shot"]["average"]), color="grey", linestyle="--", label="zero-shot CLIP")
-        axis.set_xscale("symlog"), axis.set_xlabel("trainable parameters"), axis.set_ylabel("average accuracy (%)")
+        axis.set_xlabel("trainable parameters"), axis.set_ylabel("average accuracy (%)")
         axis.set_title(title), axis.legend(fontsize=7)
     figure.savefig(out / "parameters.png", dpi=150)
     plt.close(figure)
@@ -182,7 +185,8 @@ def plot_parameters(out, tables):
 def plot_shots(out, tables):
     """shots.png where runs on the same data and backbone differ in their shots (MmAP, Figure 4; HiPro, Figure 6).
 
-    Accuracy against shots: a row of panels a (data, backbone), a panel a task and one for the average, a line a method with its settings.
+    Accuracy against shots: a row of panels a (data, backbone), a panel a task and one for the average, a line a method with its
+    settings.
     """
     found = {}
     for column in [column for table in tables.values() for column in table.values() if column["shots"]]:

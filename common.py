@@ -216,11 +216,17 @@ def logits(model, image_features, text_features):
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
-from multitask_prompt_listings import (KEEP, PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, collate,  # noqa: E402, F401
-                                       encode_batches, epoch_batches, find_listings, hold_out, image_batches, image_features, load_tasks,
-                                       read_image, read_tile, train_transform, view_batches, view_features)
-load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents, the plots
-from multitask_prompt_reports import gather, plot_run, print_table, read_source, read_transfer, write_transfer  # noqa: E402, F401
+from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, checked_tasks,  # noqa: E402, F401
+                                       collate, divided_tasks, encode_batches, epoch_batches, find_listings, hold_out, image_batches,
+                                       image_features, load_tasks, read_image, read_tile, train_transform, view_batches, view_features, with_validation)
+load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents
+from multitask_prompt_reports import gather, print_table  # noqa: E402
+load_file(HERE / "data" / "transfer.py", "multitask_prompt_transfer")       # what MVLPT takes from outside a run
+from multitask_prompt_transfer import check_sources, read_source, read_transfer, write_transfer  # noqa: E402, F401
+load_file(HERE / "data" / "prompts.py", "multitask_prompt_prompts")         # MmAP's Figure 5
+from multitask_prompt_prompts import MLP, Joint  # noqa: E402, F401
+load_file(HERE / "data" / "plots.py", "multitask_prompt_plots")
+from multitask_prompt_plots import plot_run, plot_schedule, plot_tree  # noqa: E402, F401
 for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
 
@@ -276,6 +282,17 @@ def per_cent_right(scores, labels, metric="accuracy"):
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
 
 
+def prompted_losses(model, texts, text_prompts, image_prompts, batches):
+    """Every task's mean cross-entropy [N] under text prompts [L, P, n, d_l] and image prompts [L, P, n, d_v], MmAP's Eq. (5).
+
+    texts: a `Texts`; batches: (images [b, 3, H, W], labels [b]) a task. All texts go through their encoder as one batch, and all
+    images through theirs.
+    """
+    with autocast(model):
+        text_features, image_features = texts.encode(model, text_prompts), encode_batches(model, batches, image_prompts)
+    return task_losses(model, image_features, text_features, batches)
+
+
 def task_losses(model, image_features, text_features, batches):
     """Every task's mean cross-entropy [N], MmAP's Eq. (5), from image features [b, D], text features [C, D] and a batch a task."""
     return torch.stack([F.cross_entropy(logits(model, x.float(), w.float()), labels)
@@ -283,10 +300,13 @@ def task_losses(model, image_features, text_features, batches):
 
 
 def score_tasks(model, preprocess, tasks, text_features, prompts):
-    """Zero-shot CLIP's accuracy and that of text features [C, D] with image prompts [L, P, n, d] (P = 1, or one a task), in per cent."""
-    own = [prompts[:, i % prompts.shape[1]] for i in range(len(tasks))]
-    return dict(zero_shot=[evaluate(model, preprocess, task, w) for task, w in zip(tasks, zero_shot(model, tasks))],
-                accuracy=[evaluate(model, preprocess, task, w, p) for task, w, p in zip(tasks, text_features, own)])
+    """Zero-shot CLIP's accuracy and the method's on every task, in per cent.
+
+    text_features: [C, D] a task, or None for zero-shot CLIP's. prompts: image prompts [L, P, n, d], P = 1 or one a task.
+    """
+    plain, own = zero_shot(model, tasks), [prompts[:, i % prompts.shape[1]] for i in range(len(tasks))]
+    return dict(zero_shot=[evaluate(model, preprocess, task, w) for task, w in zip(tasks, plain)],
+                accuracy=[evaluate(model, preprocess, task, w, p) for task, w, p in zip(tasks, text_features or plain, own)])
 
 
 @torch.no_grad()
@@ -664,12 +684,13 @@ class Run:
         print(f"\nresult, log and prompts are in {self.folder}")
 
 
-def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None, plot=None):
+def run_seeds(args, build, train, score, n_text, image_prompts=False, shared=False, check=None, plot=None):
     """The frame of every method file: refuse early, then train, keep and score the prompts of each seed, and report.
 
     build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
     score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
-    vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT;
+    vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT; shared: whether the
+    prompts serve whatever tasks there are, or each task has its own (then `--eval` needs the same tasks in the same order);
     check(args, tasks): refuses what a method cannot do, and may return a dict of what else a resumed run has to find as it
     was; plot(folder, result): draws its own pictures.
     """
@@ -703,7 +724,10 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
     run = None if args.eval else Run(args)
     if args.download:
         find_listings(args.data, args.root, download=True)
-    tasks = _checked_tasks(args, n_text)
+    tasks = checked_tasks(args, args.data, n_text)
+    if args.eval and not shared and list(saved["tasks"]) != [task.name for task in tasks[args.seeds[0]]]:
+        raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data {args.data}, or in another order: give the "
+                        "--data they were trained on")
     found = {f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]}
     found.update(check(args, tasks[args.seeds[0]]) or {} if check else {})
     model, preprocess = load_clip(args.clip, args.device)
@@ -730,26 +754,6 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, check=None
             run.save_prompts(seed, prompts, tasks[seed])
             run.finish_seed(seed, scored(seed, prompts))
     run.finish(tasks[args.seeds[0]], model, plot)
-
-
-def _checked_tasks(args, n_text):
-    """The tasks of every seed, with all refused that a training would stumble over later; training images are held in memory."""
-    tasks = {seed: load_tasks(args.data, args.split, args.shots, seed, args.root) for seed in args.seeds}
-    for task in tasks[args.seeds[0]]:
-        try:
-            tokenize(task.class_names, n_text)                                  # longer than 77 positions
-        except UserError as error:
-            raise error if n_text <= args.n_ctx else UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
-        tokenize(task.class_names, template=task.template)
-    room = dict.fromkeys(args.seeds, KEEP // len(args.seeds))                   # bytes
-    for seed, task in [(seed, task) for seed in args.seeds for task in tasks[seed]]:
-        if args.validate:
-            task.train, task.test = hold_out(task.train, seed)
-            if not len(task.test):
-                raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps its last one, so train on more")
-        for i in progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
-            room[seed] = task.train.keep(i, room[seed])                         # refuses an image that cannot be decoded
-    return tasks
 
 
 def progress(iterable, text):

@@ -137,7 +137,7 @@ def main(argv=None):
     if args.single_task and args.surgery != "none":
         raise common.UserError("--surgery works on a prompt that tasks share, and --single-task leaves none: leave one of them out")
     args.variant = "single-task" if args.single_task else None if args.surgery == "none" else f"with --surgery {args.surgery}"
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx)
+    common.run_seeds(args, build, train, score, n_text=args.n_ctx, shared=not args.single_task)
 
 
 if __name__ == "__main__":

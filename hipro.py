@@ -311,41 +311,13 @@ def tell_nodes(args, tasks, nodes):
           "  ".join("[" + ", ".join(tasks[i].name for i in group) + "]" for group in groups) or "none", flush=True)
 
 
-def plot(folder, result):
-    """tree-SEED.png: the task tree as a dendrogram (Figure 5); common draws the affinity (Figure 4)."""
-    import matplotlib.pyplot as plt
-    for seed, nodes in zip(result["seeds"], result["nodes"]):
-        figure, axes = plt.subplots(figsize=(6, 1 + 0.35 * len(result["tasks"])))
-        order, place = leaves(nodes[-1], nodes), {}
-        for node in sorted(nodes, key=len):
-            spots = [place[tuple(c)] for c in children(node, nodes)]
-            height = max((x for x, _ in spots), default=-1) + 1
-            place[tuple(node)] = height, sum(y for _, y in spots) / len(spots) if spots else order.index(node[0])
-            for x, y in spots:
-                axes.plot([x, height, height], [y, y, place[tuple(node)][1]], color="black")
-        axes.set_yticks(range(len(order)), order), axes.set_xticks([]), axes.set_title(f"task tree, seed {seed}")
-        figure.savefig(folder / f"tree-{seed}.png", dpi=150, bbox_inches="tight")
-        plt.close(figure)
-
-
-def children(node, nodes):
-    """The largest nodes inside a node."""
-    inside = [other for other in nodes if set(other) < set(node)]
-    return [c for c in inside if not any(set(c) < set(other) for other in inside)]
-
-
-def leaves(node, nodes):
-    """The tasks of a node in the order in which its tree is drawn without crossings."""
-    return [leaf for child in children(node, nodes) for leaf in leaves(child, nodes)] or list(node)
-
-
 def main(argv=None):
     parser = common.arguments("hipro", __doc__, PAPER, TINY, batch="images of all tasks in a step")
     parser.add_argument("--grouping", choices=["tree", "shared+individual", "random", "tag"],
                         help="which groups of tasks get a prompt beside the tasks themselves (default tree)")
     args = common.parse(parser, argv)
     args.variant = None if args.grouping == "tree" else f"with --grouping {args.grouping}"
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, check=check, plot=plot)
+    common.run_seeds(args, build, train, score, n_text=args.n_ctx, check=check, plot=common.plot_tree)
 
 
 if __name__ == "__main__":

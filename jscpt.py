@@ -38,7 +38,6 @@ Choices the paper leaves open
   Eq. (4) below sigma(1). Of a thousand class names 32 directions hold less, about 3/4.
 - A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
 """
-import csv
 import itertools
 import json
 import math
@@ -247,12 +246,11 @@ def upper_step(args, model, texts, prompts, batches, dev_batches, effect, A, upp
 
 def development(tasks, seed):
     """(tasks, tasks whose training images are D_v): a dataset's validation set, or 20% of the training images, held out by seed."""
-    parts = [(task.train, task.val) if task.val else common.hold_out(task.train, seed) for task in tasks]
-    for task, (_, held) in zip(tasks, parts):
-        if not held:
+    tasks = common.with_validation(tasks, seed)
+    for task in tasks:
+        if not task.val:
             print(f"{task.name}: no training image can be held out for development, so the training images serve", flush=True)
-    return ([replace(task, train=rest) for task, (rest, _) in zip(tasks, parts)],
-            [replace(task, train=held or task.train) for task, (_, held) in zip(tasks, parts)])
+    return tasks, [replace(task, train=task.val or task.train) for task in tasks]
 
 
 def stop_at_nan(tasks, losses, where):
@@ -276,8 +274,8 @@ def train(args, model, tasks, run, seed):
     print(f"{number} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart", flush=True)
     for epoch in common.progress(range(start, args.epochs), "train"):
         common.seed_everything(seed, epoch + 1)
-        epochs = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())
-        dev_batches, seen = itertools.chain.from_iterable(epochs), []           # of D_v, again and again
+        endless = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())        # D_v again and again
+        dev_batches, seen = itertools.chain.from_iterable(endless), []
         for step, batches in enumerate(common.image_batches(model, tasks, args, seed), 1):
             # lower level: update theta with fixed Omega
             grads, losses, original = task_gradients(model, texts, prompts, batches)
@@ -300,7 +298,10 @@ def train(args, model, tasks, run, seed):
 
 
 def log_row(prompts, losses, effects, phis, affinities):
-    """An epoch's row for log.csv from what its steps had ([steps, N] and [steps, N, N]): lists as JSON, in the tasks' order."""
+    """An epoch's row for log.csv from what its steps had ([steps, N] and [steps, N, N]): lists as JSON, in the tasks' order.
+
+    The means of effect, phi and affinity are kept with the prompts, too.
+    """
     prompts.effect, prompts.phi, prompts.affinity = effects.mean(0), phis.mean(0), affinities.mean(0)
     cell = lambda x: json.dumps(x.double().cpu().round(decimals=5).tolist())
     return dict(loss=losses.sum(1).mean().item(), losses=cell(losses.mean(0)), effect=cell(prompts.effect), phi=cell(prompts.phi),
@@ -319,37 +320,6 @@ def score(args, model, preprocess, tasks, prompts):
         scores["accuracy"].append(common.evaluate(model, preprocess, task, text_features[i], features=(select(theta, x, i), labels)))
     own = {name: getattr(prompts, name).tolist() for name in ("alpha", "beta", "effect", "affinity", "phi")}
     return dict(scores, **own, schedule_parameters=sum(x.numel() for x in omega_of(args, prompts).values()))
-
-
-# -------------------------------------------------------------------------------------------------------------- plots
-
-def plot(folder, result):
-    """causal-SEED.png (Figure 4) and schedule-SEED.png (Figure 5; below it alpha, beta and phi by epoch), both from log.csv."""
-    import matplotlib.pyplot as plt
-    names = result["tasks"]
-    with open(folder / "log.csv", encoding="utf-8") as file:
-        rows = [{key: json.loads(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    for seed in result["seeds"]:
-        mine = [row for row in rows if row["seed"] == seed]
-        at = lambda epoch: mine[min(epoch, len(mine)) - 1]                      # of a shorter training the last one
-        figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.2 * len(names)), squeeze=False, layout="tight")
-        for (i, name), (k, key) in itertools.product(enumerate(names), enumerate(("batch_effect", "batch_phi"))):
-            for row in (at(1), at(20)):
-                axes[i, k].plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o", label=f"epoch {row['epoch']}")
-            axes[i, k].set(title=f"{name}: {('causal effect, Eq. (4)', 'weight, Eq. (6)')[k]}", xlabel="batch"), axes[i, k].legend()
-        figure.savefig(folder / f"causal-{seed}.png", dpi=150)
-        figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="tight")
-        for axis, key in zip(axes.flat[[0, 3, 4, 5]], ("losses", "alpha", "beta", "phi")):
-            for i, name in enumerate(names):
-                values = torch.tensor([row[key][i] for row in mine])            # of beta a line each source task
-                axis.plot([row["epoch"] for row in mine], values, color=f"C{i}", label=name if key == "losses" else None)
-            axis.set(title=key, xlabel="epoch")
-        axes[0, 0].legend()
-        for axis, row in zip(axes[0, 1:], (at(5), at(10))):
-            figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
-            axis.set_xticks(range(len(names)), names, rotation=30), axis.set_yticks(range(len(names)), names)
-            axis.set_title(f"affinity of row on column, epoch {row['epoch']}")
-        figure.savefig(folder / f"schedule-{seed}.png", dpi=150)
 
 
 def main(argv=None):
@@ -372,7 +342,7 @@ def main(argv=None):
     usual = {**PAPER, **(TINY if args.clip == "tiny" else {}), "scale": args.lr}
     own = "upper_every upper_lr terms scale no_selection no_prompt_schedule no_task_schedule cagrad".split()
     args.variant = ", ".join(common.said(key, getattr(args, key)) for key in own if getattr(args, key) != usual.get(key, False)) or None
-    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, plot=plot)
+    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, plot=common.plot_schedule)
 
 
 if __name__ == "__main__":

@@ -105,10 +105,7 @@ def loss_of(model, texts, prompts, batches):
 
     batches: (images [b, 3, H, W], labels [b]) a task. All texts go through their encoder as one batch, and all images.
     """
-    with common.autocast(model):
-        text_features = texts.encode(model, prompts.text_prompts())             # [C, D] a task
-        features = common.encode_batches(model, batches, prompts.image_prompts())
-    return common.task_losses(model, features, text_features, batches).sum()
+    return common.prompted_losses(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
 
 
 def train(args, model, tasks, run, seed):
@@ -148,7 +145,7 @@ def main(argv=None):
     if args.depth is not None and args.depth < 1:
         raise common.UserError(f"--depth {args.depth} is too small: give 1 or more layers")
     args.variant = ", ".join(["single-task"] * args.single_task + [f"with --depth {args.depth}"] * (args.depth is not None)) or None
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, image_prompts=True)
+    common.run_seeds(args, build, train, score, n_text=args.n_ctx, image_prompts=True, shared=not args.single_task)
 
 
 if __name__ == "__main__":

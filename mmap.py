@@ -9,10 +9,8 @@ MmAP of its own, freshly started, together with one of each task; both stand sid
 
     python mmap.py                                                              # built-in benchmark and backbone
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3                  # Table 1
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping none  # Table 3, task-specific only
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --no-specific    # ... group-shared only
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping random        # ... random groups
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping all   # ... all in one group
+    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping none  # Table 3, task-specific only; its other rows:
+                                                            # --no-specific, --grouping random, --grouping all
     python mmap.py --data officehome --shots 6 --seeds 1 2 3                    # Figure 4 (1, 3, 6, 12 shots)
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --prompt mlp --n-ctx 4   # Figure 5 (also: joint)
 
@@ -27,7 +25,7 @@ Choices the paper leaves open
   being the mean over the others in it, and 0 for a task alone. With sums, one group of all wins whenever nothing conflicts;
   TAG, which the paper follows, averages.
 - Where the two encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
-- Random groups are as even as can be. `--prompt` replaces every MmAP: `joint` trains text and image prompts without a link,
+- Random groups are as even as can be. `--prompt` replaces every MmAP (data/prompts.py): `joint` trains text and image prompts without a link,
   `mlp` makes them of a [b, 256] source by a linear map a modality and layer (3.96 M at b = 4, the paper's number, is one such
   set; the command trains one a task and one a group).
 - SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps
@@ -100,40 +98,6 @@ class MmAP(nn.Module):
 def kronecker(M, P):
     """The Kronecker product of M [K, i, j] and P [K, m, n] layer by layer: [K, i m, j n], blocks M_ij P."""
     return torch.einsum("kij,kmn->kimjn", M, P).flatten(3, 4).flatten(1, 2)
-
-
-class Joint(nn.Module):
-    """Figure 5a: text and image prompts trained jointly, without a link."""
-
-    def __init__(self, n_ctx, d_text, d_image, n_layers):
-        super().__init__()
-        self.text = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_text))
-        self.image = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_image))
-
-    def text_prompts(self):
-        return self.text
-
-    def image_prompts(self):
-        return self.image
-
-
-class MLP(nn.Module):
-    """Figure 5b: text and image prompts from one source by a linear map a modality and layer."""
-
-    def __init__(self, n_ctx, d_text, d_image, n_layers, width=256):
-        super().__init__()
-        self.source = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, width))
-        self.to_text = nn.ModuleList(nn.Linear(width, d_text) for _ in range(n_layers))
-        self.to_image = nn.ModuleList(nn.Linear(width, d_image) for _ in range(n_layers))
-
-    def text_prompts(self):
-        return torch.stack([layer(source) for layer, source in zip(self.to_text, self.source)])
-
-    def image_prompts(self):
-        return torch.stack([layer(source) for layer, source in zip(self.to_image, self.source)])
-
-
-PROMPTS = dict(mmap=MmAP, joint=Joint, mlp=MLP)
 
 
 class Prompts(nn.Module):
@@ -237,7 +201,7 @@ def task_gradients(model, texts, shared, batches):
     """
     made = [shared.text_prompts(), shared.image_prompts()]                      # [K, b, d_l], [K, b, d_v]
     copies = [x.detach()[:, None].repeat(1, len(batches), 1, 1).requires_grad_() for x in made]
-    losses = losses_of(model, texts, *copies, batches)
+    losses = common.prompted_losses(model, texts, *copies, batches)
     grads = torch.autograd.grad(losses.sum(), copies)                           # [K, N, b, d_l], [K, N, b, d_v]
     rows = [torch.autograd.grad(made, list(shared.parameters()), [g[:, i] for g in grads], retain_graph=True)
             for i in range(len(batches))]
@@ -273,7 +237,8 @@ def maker(args, model):
     """A function that returns a new MmAP (or what `--prompt` names) for this backbone."""
     layers = min(len(model.transformer.resblocks), len(model.visual.transformer.resblocks))
     d_text, d_image = model.ln_final.weight.shape[0], model.visual.class_embedding.shape[0]
-    return lambda: PROMPTS[args.prompt](args.n_ctx, d_text, d_image, layers).to(model.logit_scale.device)
+    kind = dict(mmap=MmAP, joint=common.Joint, mlp=common.MLP)[args.prompt]
+    return lambda: kind(args.n_ctx, d_text, d_image, layers).to(model.logit_scale.device)
 
 
 def build(args, model, tasks):
@@ -282,10 +247,7 @@ def build(args, model, tasks):
 
 
 def check(args, tasks):
-    """Refuse more groups than tasks, and to score prompts on other tasks than theirs."""
-    if args.eval and list(common.load_prompts(args.eval, "mmap")["tasks"]) != [task.name for task in tasks]:
-        raise common.UserError(f"the prompts in {args.eval} are of other tasks than those of --data {args.data}: give the --data they "
-                               "were trained on")
+    """Refuse more groups than tasks."""
     if args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of --data {args.data}: give fewer")
 
@@ -298,18 +260,6 @@ def optimizer_of(args, prompts, epochs):
 def n_text(args):
     """How many prompts stand before a class name: the group's, the task's, or both."""
     return args.n_ctx * ((args.grouping != "none") + (not args.no_specific))
-
-
-def losses_of(model, texts, text_prompts, image_prompts, batches):
-    """Every task's mean cross-entropy, [N], L_T in Eq. (8), (11) and (12).
-
-    text_prompts [K, N, n, d_l], image_prompts [K, N, n, d_v]; batches: (images [b, 3, H, W], labels [b]) a task. The texts of
-    all tasks go through the text encoder as one batch, and all images through theirs.
-    """
-    with common.autocast(model):
-        text_features = texts.encode(model, text_prompts)                       # [C, D] a task
-        image_features = common.encode_batches(model, batches, image_prompts)   # [b, D] a task
-    return common.task_losses(model, image_features, text_features, batches)
 
 
 def choose_groups(args, tasks, similarity, seed):
@@ -346,7 +296,7 @@ def train(args, model, tasks, run, seed):
         common.seed_everything(seed, epoch - first + 1)                         # the same batches whatever the grouping
         losses = []
         for batches in common.image_batches(model, tasks, args, seed):
-            loss = losses_of(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
+            loss = common.prompted_losses(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
             optimizer.zero_grad()
             loss.backward()                 # Eq. (11): a group's MmAP gets the sum of its tasks' gradients; Eq. (12): a task's its own
             optimizer.step()
@@ -381,7 +331,7 @@ def main(argv=None):
     parser.add_argument("--grouping", choices=["gradient", "random", "all", "none"],
                         help="how tasks are grouped (default gradient); none: task-specific prompts only")
     parser.add_argument("--no-specific", action="store_true", help="no task-specific prompts, only the groups'")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="what makes the prompts (default mmap)")
+    parser.add_argument("--prompt", choices=["mmap", "joint", "mlp"], help="what makes the prompts (default mmap)")
     args = common.parse(parser, argv)
     if args.groups < 1:
         raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")

@@ -46,10 +46,8 @@ Choices the paper leaves open
   over all tasks' classes; and gives UPT's block a [1, n, 128] where that takes [n, 1, 128], so that no prompt sees another.
 """
 import copy
-import dataclasses
 import math
 import statistics
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -159,25 +157,11 @@ def choose_groups(args, accuracy):
 
 # ------------------------------------------------------------------------------------------------------- tasks and batches
 
-def load_tasks(args, data, seed):
-    """The tasks of `data`, divided as those of `--data` are."""
-    tasks = common.load_tasks(data, args.split, args.shots, seed, args.root)
-    for task in tasks if args.validate else []:
-        task.train, task.test = common.hold_out(task.train, seed)               # what a target holds out, a source must not see
-    return tasks
-
-
 def source_tasks(args, tasks, seed):
     """The tasks of stage 1: those of `--source`, or the targets themselves."""
     if args.source == "none" or args.init:
         return []
-    return tasks if args.source in (None, args.data) else load_tasks(args, args.source, seed)
-
-
-def with_validation(tasks, seed):
-    """The tasks with `val` set: the dataset's own, or "20% splits from the few-shot sampled training set", taken from `train`."""
-    parts = [(task.train, task.val) if task.val is not None else common.hold_out(task.train, seed) for task in tasks]
-    return [dataclasses.replace(task, train=train, val=val) for task, (train, val) in zip(tasks, parts)]
+    return tasks if args.source in (None, args.data) else common.divided_tasks(args, args.source, seed)
 
 
 def scored_images(args, task):
@@ -284,8 +268,8 @@ def train(args, model, tasks, run, seed):
 
     common.seed_everything(seed)
     prompts, others, names = build(args, model, tasks), source_tasks(args, tasks, seed), [task.name for task in tasks]
-    start, targets = copy.deepcopy(prompts.source), with_validation(tasks, seed)
-    sources = targets if others is tasks else with_validation(others, seed)
+    start, targets = copy.deepcopy(prompts.source), common.with_validation(tasks, seed)
+    sources = targets if others is tasks else common.with_validation(others, seed)
     bare = dict.fromkeys(task.name for task in sources + (targets if args.adapt_epochs else []) if not len(task.val))
     if bare:
         print(f"no validation images of {', '.join(bare)}: the last checkpoint is kept", flush=True)
@@ -338,12 +322,9 @@ def score(args, model, preprocess, tasks, prompts):
 
 def check(args, tasks):
     """Refuse words that contradict each other, and groups, a matrix and source tasks that do not fit; returns what the latter are."""
-    n, size, group, names = len(tasks), size_of(args, len(tasks)), f"--group-size {args.group_size}", [task.name for task in tasks]
+    n, size, group = len(tasks), size_of(args, len(tasks)), f"--group-size {args.group_size}"
     choice = f"--transfer {args.transfer}" if args.transfer else f"--grouping {args.grouping}"
     for wrong, line in [
-            (args.eval and list(common.load_prompts(args.eval, "mvlpt")["tasks"]) != names,
-             f"the prompts in {args.eval} are of other tasks than those of --data {args.data}, or in another order: give the --data "
-             "they were trained on"),
             (args.adapt_epochs < 0, f"--adapt-epochs {args.adapt_epochs} is too small: give 0 or more"),
             (size < 1, f"{group} is too small: give 1 or more, or all"),
             (size > n, f"{group} is more than the {n} tasks of --data {args.data}: give fewer, or all"),
@@ -357,27 +338,8 @@ def check(args, tasks):
         if wrong:
             raise common.UserError(line)
     if args.transfer and not (args.eval or args.resume):
-        common.read_transfer(args, names)
-    return {} if args.eval else check_sources(args)
-
-
-def check_sources(args):
-    """Refuse source tasks that cannot be trained on, or are of images that the targets test on; returns their classes and numbers."""
-    files = lambda images: {Path(item).resolve() for item in images.items} if images.read is common.read_image else set()
-    found = {}
-    for seed in args.seeds:
-        sources = source_tasks(args, [], seed)
-        tested = set().union(*(files(task.test) for task in load_tasks(args, args.data, seed))) if sources else set()
-        for task in sources:
-            both = files(task.train) & tested
-            if both:
-                raise common.UserError(f"--source {args.source} trains on images that --data {args.data} tests on, such as {min(both)}: "
-                                       "take them out of one, or give the folder the same name in both")
-            common.tokenize(task.class_names, n_text(args), "{}" if n_text(args) else task.template)
-            for i in common.progress(range(len(task.train)), f"check {task.name}"):
-                task.train[i]                                                   # an image that cannot be decoded
-            found[f"{seed} --source {task.name}"] = [*task.class_names, len(task.train)]
-    return found
+        common.read_transfer(args, [task.name for task in tasks])
+    return {} if args.eval or args.source in (None, "none", args.data) else common.check_sources(args, n_text(args))
 
 
 def n_text(args):

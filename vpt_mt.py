@@ -95,7 +95,7 @@ def train(args, model, tasks, run, seed):
 
 def score(args, model, preprocess, tasks, prompts):
     """Zero-shot CLIP's and the method's accuracy on every task, in per cent; both use the same texts."""
-    return common.score_tasks(model, preprocess, tasks, common.zero_shot(model, tasks), prompts.image_prompts())
+    return common.score_tasks(model, preprocess, tasks, None, prompts.image_prompts())
 
 
 def main(argv=None):
@@ -103,7 +103,7 @@ def main(argv=None):
     parser.add_argument("--single-task", action="store_true", help="prompts for each task alone (the papers' VPT column)")
     args = common.parse(parser, argv)
     args.variant = "single-task" if args.single_task else None
-    common.run_seeds(args, build, train, score, n_text=0, image_prompts=True)
+    common.run_seeds(args, build, train, score, n_text=0, image_prompts=True, shared=not args.single_task)
 
 
 if __name__ == "__main__":

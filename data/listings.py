@@ -5,7 +5,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import common
 from common import UserError, autocast, encode_image, load_file, seed_everything
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # of CLIP's images
@@ -199,6 +200,38 @@ def hold_out(images, seed, fraction=0.2):
             held.add(i)
             left[images.labels[i]] -= 1
     return images.subset([i for i in range(len(images)) if i not in held]), images.subset(sorted(held))
+
+
+def divided_tasks(args, data, seed):
+    """The tasks of `data` as the command line divides them: under `--validate` held-out training images are the test images."""
+    tasks = load_tasks(data, args.split, args.shots, seed, args.root)
+    for task in tasks if args.validate else []:
+        task.train, task.test = hold_out(task.train, seed)
+    return tasks
+
+
+def checked_tasks(args, data, n_text):
+    """The tasks of every seed, with all refused that a training would stumble over later; training images are held in memory."""
+    tasks = {seed: divided_tasks(args, data, seed) for seed in args.seeds}
+    for task in tasks[args.seeds[0]]:
+        try:
+            common.tokenize(task.class_names, n_text)                           # longer than 77 positions
+        except UserError as error:
+            raise error if n_text <= args.n_ctx else UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
+        common.tokenize(task.class_names, template=task.template)
+    room = dict.fromkeys(args.seeds, KEEP // len(args.seeds))                   # bytes
+    for seed, task in [(seed, task) for seed in args.seeds for task in tasks[seed]]:
+        if not len(task.test):
+            raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps its last one, so train on more")
+        for i in common.progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
+            room[seed] = task.train.keep(i, room[seed])                         # refuses an image that cannot be decoded
+    return tasks
+
+
+def with_validation(tasks, seed):
+    """The tasks with `val` set: the dataset's own, or 20% of the training images, held out by seed and taken from `train`."""
+    parts = [(task.train, task.val) if task.val else hold_out(task.train, seed) for task in tasks]
+    return [replace(task, train=train, val=val) for task, (train, val) in zip(tasks, parts)]
 
 
 def train_transform(model, min_crop=0.08):

@@ -72,7 +72,7 @@ def training(name, model, tasks, batch, **changes):
     elif name == "mmap":
         prompts.set_groups([list(range(len(tasks)))[::2], list(range(len(tasks)))[1::2]])
         texts = common.Texts(tasks, method.n_text(args), prompts.owners())
-        loss = lambda: method.losses_of(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
+        loss = lambda: common.prompted_losses(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
     elif name == "jscpt":
         texts = method.texts_of(args, tasks)
 

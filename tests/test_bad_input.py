@@ -571,10 +571,16 @@ def test_data_that_changed_since_the_checkpoint_is_noticed(refused, stopped):
         image.write_bytes(kept)
 
 
-@pytest.mark.parametrize("script", ["hipro", "mmap"])
-def test_prompts_of_tasks_are_not_scored_on_other_tasks(method, refused, tree, backbone, tmp_path, script):
+@pytest.mark.parametrize("script, words", [("hipro", []), ("mmap", []), ("mvlpt", []), ("jscpt", []), ("coop_mt", ["--single-task"]),
+                                           ("vpt_mt", ["--single-task"]), ("maple_mt", ["--single-task"]), ("coop_mt", []), ("vpt_mt", [])])
+def test_prompts_of_tasks_are_not_scored_on_others_or_in_another_order(method, refused, tmp_path, backbone, script, words):
+    one, two = (make_tree(tmp_path / d, {c: 5 for c in CLASSES}) for d in ("one", "two"))
     run = tmp_path / "run"
-    code, err, _ = method("--data", tree, "--shots", 2, "--clip", backbone, "--epochs", 1, "--n-ctx", 2, "--out", run, script=script)
+    code, err, _ = method("--data", f"a={one},b={two}", "--shots", 2, "--clip", backbone, "--epochs", 1, "--n-ctx", 2, "--out", run, *words,
+                          script=script)
     assert code == 0, err
-    other = make_tree(tmp_path / "other", {f"{d}/{c}": 5 for d in ("cut", "glued") for c in CLASSES})
-    refused("--eval", run / "prompts.pt", "--data", other, says=["prompts.pt", "of other tasks", "--data"], script=script)
+    for data in (f"b={two},a={one}", f"a={one},c={two}"):
+        if words or script not in ("coop_mt", "vpt_mt"):
+            refused("--eval", run / "prompts.pt", "--data", data, says=["prompts.pt", "of other tasks", "--data"], script=script)
+        else:                               # a prompt that all tasks share serves others, too
+            assert method("--eval", run / "prompts.pt", "--data", data, script=script)[0] == 0

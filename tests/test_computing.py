@@ -183,7 +183,7 @@ def test_texts_are_encoded_once_an_evaluation_whatever_the_number_of_images(mode
     seen = passes(lambda: method.score(args, model, lambda image: image, tasks, prompts))
     learned = {"vpt_mt": 0, "hipro": 0, "mvlpt": 2}.get(name, 1)                # hipro keeps its classifiers; mvlpt has a prompt a target
     texts = [rows for kind, rows, tokens, _ in seen if kind == "text"]
-    assert len(texts) == learned + (2 if name == "vpt_mt" else 1)               # and the templates'
+    assert len(texts) == learned + 1                                            # and the templates'
     images = sum(rows for kind, rows, _, _ in seen if kind == "image")
     assert images == 208 * (1 if name in ("coop_mt", "hipro") else 2)           # zero-shot features serve a method without image prompts
 

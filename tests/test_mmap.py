@@ -58,8 +58,8 @@ def test_a_source_that_does_not_divide_the_prompts_is_refused():
 
 def test_parameters_at_vit_b16():
     assert count(mmap.MmAP(16, 512, 768, 12)) == 24_696
-    assert count(mmap.MLP(4, 512, 768, 12)) == 3_959_808                        # the paper's 3.96 M
-    assert count(mmap.Joint(16, 512, 768, 12)) == 12 * 16 * (512 + 768)
+    assert count(common.MLP(4, 512, 768, 12)) == 3_959_808                        # the paper's 3.96 M
+    assert count(common.Joint(16, 512, 768, 12)) == 12 * 16 * (512 + 768)
 
 
 # -------------------------------------------------------------------------------------------------- Eq. (8) and grouping
@@ -221,7 +221,7 @@ def test_one_step_with_all_tasks_batched_equals_one_step_task_by_task(three):
     prompts.set_groups([[0, 2], [1]])
     randomised(prompts)
     texts = common.Texts(tasks, 8, prompts.owners())
-    mmap.losses_of(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum().backward()
+    common.prompted_losses(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum().backward()
     together = {name: p.grad.clone() for name, p in prompts.named_parameters()}
     by_task = []
     for i in range(3):
@@ -291,7 +291,7 @@ def test_the_losses_run_on_cuda(small):
             prompts = mmap.Prompts(lambda: mmap.MmAP(4, 64, 64, 3), 2, specific=True)
             prompts.shared, prompts.group_of = torch.nn.ModuleList([mmap.MmAP(4, 64, 64, 3)]), torch.zeros(2, dtype=torch.long)
             batches = [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)) for _ in "ab"]
-        losses = mmap.losses_of(model, common.Texts(tasks, 8, [0, 1]), prompts.text_prompts(), prompts.image_prompts(), batches)
+        losses = common.prompted_losses(model, common.Texts(tasks, 8, [0, 1]), prompts.text_prompts(), prompts.image_prompts(), batches)
         assert losses.device.type == "cuda" and losses.shape == (2,)
 
 

@@ -255,7 +255,7 @@ def test_groups_are_chosen_on_validation_images_and_on_training_images_where_the
     seen, accuracies = [], mvlpt.accuracies
     monkeypatch.setattr(mvlpt, "accuracies", lambda *words: seen.append(words[5]) or accuracies(*words))
     trained(small, three, Memory(tmp_path), prompt="coop", group_size=2)
-    held = [part.val.items for part in mvlpt.with_validation(three[:2], 1)]
+    held = [part.val.items for part in common.with_validation(three[:2], 1)]
     for images in seen[6:9]:                                                    # after two epochs of each task alone
         assert [part.items for part in images] == [*held, three[2].train.items]
     assert json.loads((tmp_path / "transfer.json").read_text())["images"] == "validation and training"
@@ -296,18 +296,18 @@ def test_frozen_image_features_are_computed_once_for_the_whole_study(small, thre
 
 def test_validation_images_are_never_among_the_training_or_test_images():
     tasks = common.load_tasks("emoji", shots=5, seed=1)
-    for task, part in zip(tasks, mvlpt.with_validation(tasks, 1)):
+    for task, part in zip(tasks, common.with_validation(tasks, 1)):
         train, val, test = set(part.train.items), set(part.val.items), set(part.test.items)
         assert not train & val and not val & test and not train & test and train | val == set(task.train.items)
         assert len(val) == round(0.2 * len(task.train)) and set(part.train.labels) == set(task.train.labels)
-    held = [[number for _, number in part.val.items] for part in mvlpt.with_validation(tasks, 1)]
+    held = [[number for _, number in part.val.items] for part in common.with_validation(tasks, 1)]
     assert all(numbers == held[0] for numbers in held)                          # in all styles or in none
 
 
 def test_a_datasets_own_validation_part_is_taken():
     [task] = small_tasks("a")
     task.val = task.test.subset([0, 1])
-    [part] = mvlpt.with_validation([task], 1)
+    [part] = common.with_validation([task], 1)
     assert part.val is task.val and part.train is task.train
 
 
@@ -315,12 +315,12 @@ def test_a_datasets_own_validation_part_is_taken():
 def test_what_is_held_out_is_not_trained_on(small, kind, monkeypatch):
     """Held out images that cannot be read while a training epoch draws its batches."""
     tasks, held = small_tasks("a", "b"), []
-    for part in mvlpt.with_validation(tasks, 1):
+    for part in common.with_validation(tasks, 1):
         held += part.val.items
     used, plain = set(), tasks[0].train.read
     for task in tasks:
         task.train.read = lambda item: used.add(item) or plain(item)
-    args, parts = settings(prompt=kind), mvlpt.with_validation(tasks, 1)
+    args, parts = settings(prompt=kind), common.with_validation(tasks, 1)
     list(mvlpt.batches_of(args, small, parts, 1, 0, {}))
     assert len(held) == 2 and used == {item for task in tasks for item in task.train.items} - set(held)
 
@@ -394,7 +394,7 @@ def test_training_takes_adams_steps_on_the_sum_of_the_losses(small, three, kind)
     result = mvlpt.train(args, small, three, Memory(), seed=1).source
     common.seed_everything(1)
     prompt = mvlpt.build(args, small, three).source
-    parts = mvlpt.with_validation(three, 1)
+    parts = common.with_validation(three, 1)
     seen, moments = {}, [(torch.zeros_like(p), torch.zeros_like(p), torch.ones_like(p, dtype=torch.bool)) for p in prompt.parameters()]
     for epoch, rate in enumerate([1e-5, 0.002, 0.001 * (1 + math.cos(math.pi / 3))]):
         [batches] = mvlpt.batches_of(args, small, parts, 1, epoch, seen)

@@ -222,7 +222,7 @@ from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, P
 load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents
 from multitask_prompt_reports import gather, print_table  # noqa: E402
 load_file(HERE / "data" / "transfer.py", "multitask_prompt_transfer")       # what MVLPT takes from outside a run
-from multitask_prompt_transfer import check_sources, read_source, read_transfer, write_transfer  # noqa: E402, F401
+from multitask_prompt_transfer import check_transfer, read_source, read_transfer, write_transfer  # noqa: E402, F401
 load_file(HERE / "data" / "prompts.py", "multitask_prompt_prompts")         # MmAP's Figure 5
 from multitask_prompt_prompts import MLP, Joint  # noqa: E402, F401
 load_file(HERE / "data" / "plots.py", "multitask_prompt_plots")

@@ -10,7 +10,6 @@ the checkpoint that is best on its own validation images. A prompt is a text con
 
     python mvlpt.py                                                             # built-in benchmark and backbone
     python mvlpt.py --transferability --plot                                    # the study: transfer.csv, transfer.json, transfer-1.png
-    (elevater12 and elevater20 are not among the benchmarks yet)
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3  # Table 1, MUPT (--prompt coop: MCoOp; vpt: MVPT)
     python mvlpt.py --data elevater12 --source none --shots 20 --seeds 1 2 3    # ... UPT (CoOp, VPT) from random prompts
     python mvlpt.py --data elevater20 --shots 20 --transferability --plot       # Figure 4
@@ -18,14 +17,13 @@ the checkpoint that is best on its own validation images. A prompt is a text con
     python mvlpt.py --data elevater20 --shots 20 --seeds 1 2 3 --group-size 2 --grouping worst      # ... Worst M
     python mvlpt.py --data officehome --split 0.1 --adapt-epochs 0 --epochs 50 --lr 0.0015 --batch-size 16 --n-ctx 16   # JSCPT, Table 1
 
-A run's prompts.pt has the source prompt in it, so stage 1 runs once for many targets: `--init DIR/prompts.pt`. In the same way
-`--transfer DIR/transfer.json` gives a matrix back.
+`--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer DIR/transfer.json` a study's matrix.
+`elevater12` and `elevater20` are not among the benchmarks yet.
 
 Choices the paper leaves open
-- UPT: the text context and the image prompts of all layers pass, each modality through a linear map, to width 128, there as one
-  sequence through one block, and back through two more maps: 566,400 numbers at ViT-B/16 (the paper: 0.45 per cent of CLIP). The
-  block is CLIP's own, as in the authors' program: U' = U + SA(LN(U)), U^ = U' + FFN(LN(U')). Eq. (4) prints U' = SA(U) + LN(U),
-  U^ = FFN(LN(U')) + LN(U').
+- UPT: the text context and all image prompts pass, each modality through a linear map, to width 128, as one sequence through one
+  block, and back through two maps: 566,400 numbers at ViT-B/16 (the paper: 0.45 per cent of CLIP). The block is CLIP's own, as in
+  the authors' program: U' = U + SA(LN(U)), U^ = U' + FFN(LN(U')). Eq. (4) prints U' = SA(U) + LN(U), U^ = FFN(LN(U')) + LN(U').
 - Prompts start at N(0, 0.02), the maps and the block as PyTorch makes them. Adam has no weight decay. The warm-up epoch has the
   constant rate 1e-5, which is CoOp's, and the cosine follows.
 - A step takes a batch (of 32) of every task, and the loss is the sum of the tasks', each over its own classes; an epoch is as
@@ -42,8 +40,8 @@ Choices the paper leaves open
 - The worst partners are those of the smallest transfer. Targets that have the same group train once and keep two checkpoints.
   Table 2 takes the best of group sizes 1, 2 and 3 for each target; here `--group-size` is one for all.
 - Features of `--views` random views an image are computed once for `coop`; the other prompts see fresh views every epoch.
-- Where the authors' program is not as their paper, the paper is followed. It runs SGD; mixes the tasks' images, with a softmax
-  over all tasks' classes; and gives UPT's block a [1, n, 128] where that takes [n, 1, 128], so that no prompt sees another.
+- The paper stands above the authors' program, which runs SGD, mixes the tasks' images, with a softmax over all tasks' classes,
+  and gives UPT's block a [1, n, 128] where that takes [n, 1, 128], so that no prompt sees another.
 """
 import copy
 import math
@@ -320,32 +318,6 @@ def score(args, model, preprocess, tasks, prompts):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-def check(args, tasks):
-    """Refuse words that contradict each other, and groups, a matrix and source tasks that do not fit; returns what the latter are."""
-    n, size, group = len(tasks), size_of(args, len(tasks)), f"--group-size {args.group_size}"
-    choice = f"--transfer {args.transfer}" if args.transfer else f"--grouping {args.grouping}"
-    for wrong, line in [
-            (args.adapt_epochs < 0, f"--adapt-epochs {args.adapt_epochs} is too small: give 0 or more"),
-            (size < 1, f"{group} is too small: give 1 or more, or all"),
-            (size > n, f"{group} is more than the {n} tasks of --data {args.data}: give fewer, or all"),
-            (args.init and args.source, "--init gives the source prompt that --source would train: give one of them"),
-            (args.transferability and (args.source != "none" or args.init or args.transfer or args.group_size != 1),
-             "--transferability trains a prompt a task alone, from a random start: leave out --source, --init, --transfer, --group-size"),
-            (size in (1, n) and (args.transfer or args.grouping == "worst"),
-             f"{choice} chooses partners, and {group} of {n} tasks leaves no choice: give a --group-size between 1 and {n}"),
-            (args.adapt_epochs == 0 and (args.group_size != 1 or args.source == "none"),
-             "--adapt-epochs 0 leaves only the source prompt of stage 1: leave out --group-size, --transferability and --source none")]:
-        if wrong:
-            raise common.UserError(line)
-    if args.transfer and not (args.eval or args.resume):
-        common.read_transfer(args, [task.name for task in tasks])
-    return {} if args.eval or args.source in (None, "none", args.data) else common.check_sources(args, n_text(args))
-
-
-def n_text(args):
-    return 0 if args.prompt == "vpt" else args.n_ctx
-
-
 def group_size(word):
     return word if word == "all" else int(word)
 
@@ -366,11 +338,12 @@ def main(argv=None):
     parser.set_defaults(paper=dict(PAPER, **PAPER_OF[kind]), tiny=dict(TINY, **TINY_OF[kind]))
     args = common.parse(parser, argv)
     args.adapt_epochs = args.epochs if args.adapt_epochs is None else args.adapt_epochs
-    if args.transferability and args.source is None:
-        args.source = "none"
+    args.source = args.source or ("none" if args.transferability else None)
     usual = dict(prompt="upt", source=None, init=None, adapt_epochs=args.epochs, group_size=1, grouping="best", transfer=None)
     args.variant = ", ".join(common.said(key, getattr(args, key)) for key in usual if getattr(args, key) != usual[key]) or None
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=args.prompt != "coop", check=check)
+    n_text = 0 if args.prompt == "vpt" else args.n_ctx
+    check = lambda args, tasks: common.check_transfer(args, [task.name for task in tasks], size_of(args, len(tasks)), n_text)
+    common.run_seeds(args, build, train, score, n_text, image_prompts=args.prompt != "coop", check=check)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,31 @@ def agree(args, saved, keys, owner):
                                    "use the same, or leave the file out")
 
 
+def check_transfer(args, names, size, n_text):
+    """Refuse words that contradict each other, and groups, a matrix and source tasks that do not fit; returns what the latter are.
+
+    names: of the target tasks. size: of a group. n_text: as in `run_seeds`.
+    """
+    n, group = len(names), f"--group-size {args.group_size}"
+    choice = f"--transfer {args.transfer}" if args.transfer else f"--grouping {args.grouping}"
+    for wrong, line in [
+            (args.adapt_epochs < 0, f"--adapt-epochs {args.adapt_epochs} is too small: give 0 or more"),
+            (size < 1, f"{group} is too small: give 1 or more, or all"),
+            (size > n, f"{group} is more than the {n} tasks of --data {args.data}: give fewer, or all"),
+            (args.init and args.source, "--init gives the source prompt that --source would train: give one of them"),
+            (args.transferability and (args.source != "none" or args.init or args.transfer or args.group_size != 1),
+             "--transferability trains a prompt a task alone, from a random start: leave out --source, --init, --transfer, --group-size"),
+            (size in (1, n) and (args.transfer or args.grouping == "worst"),
+             f"{choice} chooses partners, and {group} of {n} tasks leaves no choice: give a --group-size between 1 and {n}"),
+            (args.adapt_epochs == 0 and (args.group_size != 1 or args.source == "none"),
+             "--adapt-epochs 0 leaves only the source prompt of stage 1: leave out --group-size, --transferability and --source none")]:
+        if wrong:
+            raise common.UserError(line)
+    if args.transfer and not (args.eval or args.resume):
+        read_transfer(args, names)
+    return {} if args.eval or args.source in (None, "none", args.data) else check_sources(args, n_text)
+
+
 def check_sources(args, n_text):
     """Refuse tasks of `--source` that cannot be trained on, or are of images that the targets test on.
 

@@ -86,6 +86,20 @@ def run_script(script, *words, cwd=ROOT, timeout=280, **kwargs):
                               timeout=timeout, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder), **kwargs)
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """A method file as a command without a process of its own: (script, words) -> (exit code, what it printed, its stderr)."""
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.setattr(common.Run, "latest", None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.script(common.load_method(script.removesuffix(".py")).main)
+            sys.exit(0)
+        return stop.value.code, *capsys.readouterr()
+    return call
+
+
 def numbers(folder):
     """result.json without the clock."""
     result = json.loads((folder / "result.json").read_text())

@@ -21,19 +21,15 @@ SILENT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, Resource
 
 
 @pytest.fixture
-def method(tmp_path, tmp_path_factory, monkeypatch, capsys):
+def method(tmp_path, tmp_path_factory, monkeypatch, here):
     """A method file as a command in `tmp_path`, without a process: words -> (exit code, stderr, stdout)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
 
     def call(*words, script="coop_mt"):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        capsys.readouterr()
-        with warnings.catch_warnings(record=True) as told, pytest.raises(SystemExit) as stop:
-            common.script(common.load_method(script).main)
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return stop.value.code, "".join(f"{w.message}\n" for w in told if not issubclass(w.category, SILENT)) + err, out
+        with warnings.catch_warnings(record=True) as told:
+            code, out, err = here(f"{script}.py", *words)
+        return code, "".join(f"{w.message}\n" for w in told if not issubclass(w.category, SILENT)) + err, out
     return call
 
 

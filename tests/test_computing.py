@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from bench_speed import FLAGS, METHODS, passes, tasks_of, training
+from bench_speed import FLAGS, METHODS, megabytes, passes, tasks_of, training
 from conftest import TINY, Log, make_tree, random_clip, small_tasks
 
 import common
@@ -224,3 +224,13 @@ def test_the_built_in_benchmark_is_read_without_processes_and_many_files_with():
     assert len(emoji.train) > 400 and listings.workers([emoji.train]) == 0
     assert emoji.train.keep(0, 10**9) == 10**9 and not emoji.train.kept         # in memory already
     assert listings.workers([common.Images(range(401), range(401))]) > 0 == listings.workers([common.Images(range(400), range(400))])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
+def test_the_benchmark_measures_what_a_step_adds_to_memory():
+    """Also in a process that had more before: what it holds and what it held do not count."""
+    ones = lambda n: torch.ones(n * 2**18)                                      # n MB
+    held, before = ones(20), ones(300)
+    del before
+    assert megabytes("cpu", lambda: ones(100).sum()) == pytest.approx(100, abs=10) and len(held)
+    assert megabytes("cpu", lambda: None) < 5

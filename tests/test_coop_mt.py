@@ -8,7 +8,6 @@ from conftest import VIT_B16, Log, numbers, random_clip, run_script, small_tasks
 import common
 
 coop = common.load_method("coop_mt")
-SHORT = ["--shots", 2, "--views", 1, "--n-ctx", 4, "--batch-size", 32]
 
 
 class Settings:
@@ -87,7 +86,8 @@ def test_text_prompts_train_on_a_resnet_backbone():
 
 
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
-    words = [*SHORT, "--epochs", 1]
+    """On the built-in benchmark, its training drawings alone."""
+    words = ["--shots", 5, "--validate", "--views", 1, "--n-ctx", 4, "--batch-size", 32, "--epochs", 1]
     assert run_script("coop_mt.py", *words, "--out", tmp_path / "whole").returncode == 0
     (tmp_path / "early").mkdir()
     settings = json.loads((tmp_path / "whole" / "settings.json").read_text())

@@ -35,16 +35,6 @@ def started(script, *words, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def called(monkeypatch, capsys, *words):
-    """coop_mt.py in this process: (exit code, what it wrote to stderr)."""
-    monkeypatch.setattr(sys, "argv", ["coop_mt.py", *map(str, words)])
-    monkeypatch.setattr(common.Run, "latest", None)
-    with pytest.raises(SystemExit) as stop:
-        common.script(coop.main)
-        sys.exit(0)
-    return stop.value.code, capsys.readouterr().err
-
-
 def is_line(err):
     return err.startswith("coop_mt.py: ") and err.endswith("\n") and err[:-1].isprintable()
 
@@ -65,7 +55,7 @@ def test_ctrl_c_is_answered_with_a_line_and_the_way_to_go_on(words, tmp_path):
     assert state["current"]["epoch"] >= 1 and not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(words, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(words, tmp_path, here):
     """The system refuses to write more than 4 kB into a file: settings.json fits, the checkpoint does not."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     small = [*words, "--views", 1, "--epochs", 1, "--shots", 8]
@@ -73,40 +63,40 @@ def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(words
     assert full.returncode == 2 and is_line(full.stderr), full.stderr
     assert "checkpoint.pt" in full.stderr and "free the disk or choose another --out" in full.stderr
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["settings.json"]
-    code, err = called(monkeypatch, capsys, "--resume", "--out", tmp_path / "run")
+    code, _, err = here("coop_mt.py", "--resume", "--out", tmp_path / "run")
     assert code == 0 and (tmp_path / "run" / "result.json").exists(), err
 
 
-def test_a_disk_that_fills_under_a_picture_or_a_card_without_memory_points_to_resume(words, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_under_a_picture_or_a_card_without_memory_points_to_resume(words, tmp_path, monkeypatch, here):
     small = [*words, "--views", 1, "--epochs", 1, "--shots", 8]
 
     def no_room(*_):
         raise OSError(errno.ENOSPC, "No space left on device")              # as matplotlib passes it on: without a name
     with monkeypatch.context() as patch:
         patch.setattr(common, "plot_run", no_room)
-        code, err = called(patch, capsys, *small, "--plot", "--out", tmp_path / "pictures")
+        code, _, err = here("coop_mt.py", *small, "--plot", "--out", tmp_path / "pictures")
     assert code == 2 and is_line(err) and "disk is full" in err and f"--resume --out {tmp_path / 'pictures'}" in err
 
     def no_memory(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     with monkeypatch.context() as patch:
         patch.setattr(coop, "losses_of", no_memory)
-        code, err = called(patch, capsys, *small, "--out", tmp_path / "card")
+        code, _, err = here("coop_mt.py", *small, "--out", tmp_path / "card")
     assert code == 2 and is_line(err) and f"--resume --out {tmp_path / 'card'} with a --max-mem" in err and "--batch-size" in err
-    code, err = called(monkeypatch, capsys, "--resume", "--out", tmp_path / "card", "--max-mem", 1)
+    code, _, err = here("coop_mt.py", "--resume", "--out", tmp_path / "card", "--max-mem", 1)
     assert code == 0, err
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_anything_else(words, tmp_path, monkeypatch, capsys):
+def test_an_out_that_cannot_be_written_is_refused_before_anything_else(words, tmp_path, monkeypatch, here):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    code, err = called(monkeypatch, capsys, *words, "--out", tmp_path / "deep" / "run")
+    code, _, err = here("coop_mt.py", *words, "--out", tmp_path / "deep" / "run")
     assert code == 2 and is_line(err) and f"{tmp_path} is a file or read-only: choose another folder" in err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("room", ["0", "-1", "nan", "inf", "much"])
-def test_an_amount_of_memory_is_finite_and_above_zero(monkeypatch, capsys, room):
-    code, err = called(monkeypatch, capsys, "--max-mem", room)
+def test_an_amount_of_memory_is_finite_and_above_zero(here, room):
+    code, _, err = here("coop_mt.py", "--max-mem", room)
     assert code == 2 and is_line(err) and "--max-mem" in err and room in err
 
 

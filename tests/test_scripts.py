@@ -58,7 +58,7 @@ def test_a_run_reports_in_its_own_folder(whole):
     assert [p.name for p in out.parent.iterdir()] == ["run"]
 
 
-def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole):
+def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole, here):
     method, _, out, printed = whole
     before = {p: p.read_bytes() for p in out.iterdir()}
     again = run_script(f"{method}.py", "--eval", out / "prompts.pt", cwd=out.parent)
@@ -66,8 +66,8 @@ def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole):
     table = lambda text: text[text.index("drawn  "):].split("; trained in")[0]
     assert table(again.stdout[again.stdout.index("zero-shot"):]) == table(printed[printed.index("zero-shot"):])
     (out / "loss.png").unlink()
-    finished = run_script(f"{method}.py", "--resume", "--out", out, "--plot", cwd=out.parent)
-    assert finished.returncode == 0 and "had finished" in finished.stdout and (out / "loss.png").exists()
+    code, finished, _ = here(f"{method}.py", "--resume", "--out", out, "--plot")
+    assert code == 0 and "had finished" in finished and (out / "loss.png").exists()
     changed = {p.name for p in out.iterdir() if p.read_bytes() != before[p]}
     assert all(name.endswith(".png") for name in changed) and set(before) == set(out.iterdir())
     assert [p.name for p in out.parent.iterdir()] == ["run"]

@@ -73,7 +73,7 @@ def seed_everything(seed, epoch=0):
 
 
 load_file(HERE / "data" / "computing.py", "multitask_prompt_computing")     # precision, memory and compilation of the encoders
-from multitask_prompt_computing import autocast, fused_attention, in_pieces, set_up  # noqa: E402, F401
+from multitask_prompt_computing import autocast, fused_attention, in_pieces, scaled, set_up  # noqa: E402, F401
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
@@ -157,6 +157,7 @@ def _insert(x, prompts, replace):
 
 
 @in_pieces
+@scaled
 def encode_text(model, tokens, prompts=None):
     """Text features [C, D], not normalised, of tokens [C, T] for any `clip.model.CLIP`.
 
@@ -182,6 +183,7 @@ def encode_text(model, tokens, prompts=None):
 
 
 @in_pieces
+@scaled
 def encode_image(model, images, prompts=None):
     """Image features [B, D], not normalised, of images [B, 3, H, W] for any `clip.model.CLIP`.
 
@@ -405,7 +407,7 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     add("--predict", metavar="IMAGE", nargs="+", help="with --eval: print the likeliest classes of these images, and no table")
     add("--task", metavar="NAME", help="with --predict: the task that the images are of, where there are several")
     add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
-    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card that has it always does")
+    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card always has a half precision")
     add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
     add("--max-mem", type=float, metavar="GB", help="memory for a step: texts and images that need more go through CLIP in pieces (default "
         "nine tenths of a card's free memory; no limit on a CPU)")

@@ -17,20 +17,45 @@ KEPT = 16           # floats that a backward pass needs for each token, layer an
 
 
 def autocast(model):
-    """bfloat16 autocast on a CUDA card that has it, and on a CPU where `model.amp` says so; else none: all is float32.
+    """Autocast on CUDA, to bfloat16 where the card has it and else to float16 (see `scaled`); on a CPU to bfloat16 for `--amp`.
 
-    Weights and prompts stay float32 either way. A card without bfloat16 computes in float32: float16 would need its gradients
-    scaled in every training loop, and is not offered.
+    Weights and prompts stay float32. So does all where a gradient is differentiated once more without bfloat16.
     """
     device = model.logit_scale.device.type
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or device == "cpu" and getattr(model, "amp", False):
         return torch.autocast(device, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device, torch.float16) if device == "cuda" and not second_derivatives() else contextlib.nullcontext()
+
+
+def scaled(encode):
+    """Let gradients pass an encoder in float16, whose small numbers are zero, times a power of two that prompts take back.
+
+    This is the loss scaling of mixed precision, with the scale chosen in each backward pass, from the gradient that arrives at the
+    features, and inside the encoder: training loops need not know of it.
+    """
+    @functools.wraps(encode)
+    def encoder(model, rows, prompts=None):
+        device = model.logit_scale.device.type
+        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if not half or prompts is None or not (torch.is_grad_enabled() and prompts.requires_grad):
+            return encode(model, rows, prompts)
+        scale = None
+
+        def up(gradient):                   # its largest number comes to 8 to 16, of the 65,504 and 0.00006 that float16 has
+            nonlocal scale
+            scale = 2 ** torch.floor(torch.log2(16 / gradient.abs().amax().clamp(min=1e-30)))
+            return gradient * scale
+        entering = prompts.view_as(prompts)
+        entering.register_hook(lambda gradient: gradient / scale)
+        features = encode(model, rows, entering).float()
+        features.register_hook(up)
+        return features
+    return encoder
 
 
 def fused_attention(q, k, v, causal):
-    """Fused attention on q, k, v [rows, heads, tokens, width / heads]; in float32 on a CPU, where bfloat16's backward pass is slow."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    """Fused attention on q, k, v [rows, heads, tokens, width / heads]; in float32 on a CPU, where a half's backward pass is slow."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

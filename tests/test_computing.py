@@ -112,13 +112,43 @@ def test_bfloat16_on_a_cpu_is_near_and_leaves_prompts_and_gradients_in_float32(m
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("device, bf16, amp, on", [("cpu", True, False, False), ("cpu", False, True, True), ("cuda", True, False, True),
-                                                   ("cuda", False, True, False)])
-def test_bfloat16_is_for_cards_that_have_it_and_for_cpus_on_request(monkeypatch, device, bf16, amp, on):
+@pytest.mark.parametrize("name", METHODS)
+def test_float16_of_cards_without_bfloat16_has_the_same_gradients_nearly(model, name, monkeypatch):
+    exact = step_of(name, model)
+    monkeypatch.setattr(common, "autocast", lambda model: torch.autocast("cpu", torch.float16))
+    loss, grads = step_of(name, model)
+    assert loss != exact[0] and loss.item() == pytest.approx(exact[0].item(), rel=0.01)
+    for key, g in exact[1].items():
+        assert grads[key].dtype == torch.float32 and (grads[key] - g).norm() < 0.03 * g.norm(), key
+
+
+@pytest.mark.parametrize("size", [1e-9, 1, 1e6])
+def test_gradients_that_float16_has_no_numbers_for_pass_the_encoders(model, size):
+    """Small ones vanish in the encoder without the scale, and large ones are infinite."""
+    rows = dict(encode_text=common.tokenize(NAMES, 2), encode_image=torch.randn(5, 3, 32, 32))
+    for name, inputs in rows.items():
+        encode, prompts, weights = getattr(common, name), torch.randn(2, 2, 64, requires_grad=True), size * torch.randn(5, 32)
+
+        def gradient(encode):
+            return torch.autograd.grad((encode(model, inputs, prompts).float() * weights).sum(), prompts)[0]
+        exact = gradient(encode)
+        with torch.autocast("cpu", torch.float16):
+            error = [(gradient(e) - exact).norm() / exact.norm() for e in (encode, encode.__wrapped__.__wrapped__)]
+            model.max_mem = 1e-3                                                # in pieces, each with its own scale
+            assert (gradient(encode) - exact).norm() < 0.01 * exact.norm()
+        del model.max_mem
+        assert error[0] < 0.01 and (size == 1 or not error[1] < 0.5)
+
+
+@pytest.mark.parametrize("device, bf16, amp, dtype", [("cpu", True, False, None), ("cpu", False, True, torch.bfloat16),
+                                                      ("cuda", True, False, torch.bfloat16), ("cuda", False, True, torch.float16)])
+def test_bfloat16_is_for_cards_that_have_it_and_for_cpus_on_request(monkeypatch, device, bf16, amp, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: bf16)
     monkeypatch.setattr(torch, "autocast", lambda *words: words)
-    found = common.autocast(types.SimpleNamespace(logit_scale=types.SimpleNamespace(device=torch.device(device)), amp=amp))
-    assert found == (device, torch.bfloat16) if on else not isinstance(found, tuple)
+    model = types.SimpleNamespace(logit_scale=types.SimpleNamespace(device=torch.device(device)), amp=amp)
+    assert common.autocast(model) == (device, dtype) if dtype else not isinstance(common.autocast(model), tuple)
+    with computing.sdpa_kernel(computing.SDPBackend.MATH):                      # a gradient's gradient, which cannot be scaled
+        assert isinstance(common.autocast(model), tuple) == (dtype == torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------------ compilation

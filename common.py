@@ -530,15 +530,32 @@ def script(main):
         sys.exit(130)
 
 
-def write_whole(path, content):
-    """Write text or bytes to a temporary name and rename it: the file is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
+def write_whole(path, content, new=False):
+    """Write text or bytes to a temporary name and rename it: the file is there whole or not at all.
+
+    new: FileExistsError where the file is there already, even if another process has made it at this very moment.
+    """
+    part = path.with_name(path.name + (f".{os.getpid()}.part" if new else ".part"))
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(part, path)
+        (_claim if new else os.replace)(part, path)
+    except FileExistsError:
+        part.unlink(missing_ok=True)
+        raise
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another --out") from error
+
+
+def _claim(part, path):
+    """os.replace, but FileExistsError where the new name is taken (which a file system without hard links cannot tell)."""
+    try:
+        os.link(part, path)
+        part.unlink()
+    except FileExistsError:
+        raise
+    except OSError:
+        os.replace(part, path)
 
 
 def load_saved(path, what, keys, remedy):
@@ -615,13 +632,11 @@ class Run:
                     except FileExistsError:
                         self.folder = self._free_folder(self.settings)
             self.folder.mkdir(exist_ok=True)
-            if not self.resumed:
-                (self.folder / "settings.json").touch(exist_ok=False)
+            write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1), new=not self.resumed)
         except FileExistsError:
             raise UserError(f"--out {self.folder} holds another run, which has just begun: choose another folder") from None
         except OSError as error:
             raise UserError(f"--out {self.folder} cannot be made ({error.strerror}): choose another folder") from error
-        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         Run.latest = self.folder
 
     def restore(self, seed, **parts):

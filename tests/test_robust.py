@@ -94,6 +94,34 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_else(words, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_of_two_runs_in_one_folder_one_begins_and_its_settings_are_never_half_there(tmp_path, monkeypatch):
+    path, link = tmp_path / "settings.json", os.link
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        common.write_whole(path, "one", new=True)
+    assert not path.exists()
+
+    def late(*names):
+        path.write_text("another's")
+        link(*names)
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(FileExistsError):
+        common.write_whole(path, "one", new=True)
+    assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+
+    def unknown(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+    for call in (unknown, link):                                                # without hard links, and with them
+        monkeypatch.setattr(os, "link", call)
+        common.write_whole(path, "one", new=True)
+        assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+        path.unlink()
+
+
 @pytest.mark.parametrize("room", ["0", "-1", "nan", "inf", "much"])
 def test_an_amount_of_memory_is_finite_and_above_zero(here, room):
     code, _, err = here("coop_mt.py", "--max-mem", room)

@@ -220,7 +220,8 @@ def logits(model, image_features, text_features):
 load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
 from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, checked_tasks,  # noqa: E402, F401
                                        collate, divided_tasks, encode_batches, epoch_batches, find_listings, hold_out, image_batches,
-                                       image_features, load_tasks, read_image, read_tile, train_transform, view_batches, view_features, with_validation)
+                                       image_features, load_tasks, read_image, read_tile, train_transform, view_batches, view_features, warn_once,
+                                       with_validation)
 load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents
 from multitask_prompt_reports import gather, print_table  # noqa: E402
 load_file(HERE / "data" / "transfer.py", "multitask_prompt_transfer")       # what MVLPT takes from outside a run

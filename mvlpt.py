@@ -13,32 +13,31 @@ the checkpoint that is best on its own validation images. A prompt is a text con
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3  # Table 1, MUPT (--prompt coop: MCoOp; vpt: MVPT)
     python mvlpt.py --data elevater12 --source none --shots 20 --seeds 1 2 3    # ... UPT (CoOp, VPT) from random prompts
     python mvlpt.py --data elevater20 --shots 20 --transferability --plot       # Figure 4
-    python mvlpt.py --data elevater20 --shots 20 --seeds 1 2 3 --group-size 2   # Table 2, MUPT; Table 3, Best M (1: S)
+    python mvlpt.py --data elevater20 --shots 20 --seeds 1 2 3 --group-size 2   # Table 2, MUPT; Table 3, Best M
     python mvlpt.py --data elevater20 --shots 20 --seeds 1 2 3 --group-size 2 --grouping worst      # ... Worst M
     python mvlpt.py --data officehome --split 0.1 --adapt-epochs 0 --epochs 50 --lr 0.0015 --batch-size 16 --n-ctx 16   # JSCPT, Table 1
 
-`--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer DIR/transfer.json` a study's matrix.
-`elevater12` and `elevater20` are not among the benchmarks yet.
+`--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer DIR/transfer.json` the matrix of a study
+or of another run's groups. `elevater12` and `elevater20` are not among the benchmarks yet.
 
 Choices the paper leaves open
 - UPT: the text context and all image prompts pass, each modality through a linear map, to width 128, as one sequence through one
   block, and back through two maps: 566,400 numbers at ViT-B/16 (the paper: 0.45 per cent of CLIP). The block is CLIP's own, as in
   the authors' program: U' = U + SA(LN(U)), U^ = U' + FFN(LN(U')). Eq. (4) prints U' = SA(U) + LN(U), U^ = FFN(LN(U')) + LN(U').
-- Prompts start at N(0, 0.02), the maps and the block as PyTorch makes them. Adam has no weight decay. The warm-up epoch has the
-  constant rate 1e-5, which is CoOp's, and the cosine follows.
+- Prompts start at N(0, 0.02), the text's as in CoOp, the images' too (VPT and the authors' program: uniform, 1.8 times as wide);
+  the maps and the block as PyTorch makes them. Adam has no weight decay. The warm-up epoch has CoOp's constant rate 1e-5.
 - A step takes a batch (of 32) of every task, and the loss is the sum of the tasks', each over its own classes; an epoch is as
   long as the largest task needs. Stage 2 does not repeat the batches of stage 1.
-- The validation part is the dataset's own where it has one (the paper: 20% of the few-shot set). The first of equally good
-  epochs is kept, as in CoOp's program, for the source prompt by the mean over the source tasks. Where nothing can be held out
-  (1 shot) the last is kept.
-- Source tasks default to the targets. They have as many shots, or the same split, as the targets (Sec. 4.1). `--data emoji
-  --source fxemoji`, or the reverse, trains on other drawings of emoji that are tested on.
-- Transfer is measured on validation images (or else training images), so that no test image chooses a group. The study alone
-  measures it on test images, as Figure 4 does; given back as `--transfer`, those do choose, unless the study ran with
-  `--validate`: transfer.json says which `images`. Its prompts train as long as an adaptation, and its files average the seeds;
-  a run chooses its groups a seed at a time.
+- The validation part is the dataset's own, whole, where it has one (CoOp's files; so even 1 shot has one there), and else 20% of
+  the few-shot set, as in the paper. The first of equally good epochs is kept, as in CoOp's program, for the source prompt by the
+  mean over the source tasks. Where nothing can be held out (1 shot) the last is kept.
+- Source tasks default to the targets. They have as many shots, or the same split, as the targets (Sec. 4.1). With `--data emoji
+  --source fxemoji`, or the reverse, an emoji that is tested on may have been trained on in another style.
+- Transfer is measured on validation images (or else training images), a seed at a time, so that no test image chooses a group.
+  Only the study measures it on test images, as Figure 4 does; `--validate` keeps it to training images, for a later `--transfer`.
+  Its prompts train as long as an adaptation.
 - The worst partners are those of the smallest transfer. Targets that have the same group train once and keep two checkpoints.
-  Table 2 takes the best of group sizes 1, 2 and 3 for each target; here `--group-size` is one for all.
+  `--group-size` is one for all targets, where Table 2 seems to take the best of 1, 2 and 3 for each.
 - Features of `--views` random views an image are computed once for `coop`; the other prompts see fresh views every epoch.
 - The paper stands above the authors' program, which runs SGD, mixes the tasks' images, with a softmax over all tasks' classes,
   and gives UPT's block a [1, n, 128] where that takes [n, 1, 128], so that no prompt sees another.
@@ -268,13 +267,14 @@ def train(args, model, tasks, run, seed):
     prompts, others, names = build(args, model, tasks), source_tasks(args, tasks, seed), [task.name for task in tasks]
     start, targets = copy.deepcopy(prompts.source), common.with_validation(tasks, seed)
     sources = targets if others is tasks else common.with_validation(others, seed)
-    bare = dict.fromkeys(task.name for task in sources + (targets if args.adapt_epochs else []) if not len(task.val))
+    bare = [task.name for task in sources if not any(len(task.val) for task in sources)]
+    bare += [task.name for task in targets if args.adapt_epochs and not len(task.val)]
     if bare:
-        print(f"no validation images of {', '.join(bare)}: the last checkpoint is kept", flush=True)
+        print(f"no validation images of {', '.join(dict.fromkeys(bare))}: the last checkpoint is kept", flush=True)
     given = run.state.setdefault("given", {})                                   # in the checkpoint: the files are read once a run
     if args.transfer:
-        given["transfer"] = given.get("transfer") or common.read_transfer(args, names).tolist()
-        prompts.accuracy.copy_(torch.tensor(given["transfer"]))
+        given["transfer"] = given.get("transfer") or common.read_transfer(args, names)
+        prompts.accuracy.copy_(torch.tensor(given["transfer"][seed]))
     if args.init:
         given["init"] = given.get("init") or common.read_source(args, start)
         prompts.source.load_state_dict(given["init"][seed])

@@ -22,9 +22,10 @@ def autocast(model):
     Weights and prompts stay float32. So does all where a gradient is differentiated once more without bfloat16.
     """
     device = model.logit_scale.device.type
-    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or device == "cpu" and getattr(model, "amp", False):
+    card = device == "cuda" and torch.cuda.is_available()
+    if card and torch.cuda.is_bf16_supported(including_emulation=False) or device == "cpu" and getattr(model, "amp", False):
         return torch.autocast(device, torch.bfloat16)
-    return torch.autocast(device, torch.float16) if device == "cuda" and not second_derivatives() else contextlib.nullcontext()
+    return torch.autocast(device, torch.float16) if card and not second_derivatives() else contextlib.nullcontext()
 
 
 def scaled(encode):

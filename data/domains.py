@@ -79,12 +79,16 @@ DOWNLOADS = {"cifar100": groups.download_cifar100, **datasets.DOWNLOADS}
 
 
 def download(names, root):
-    """Fetch benchmarks that torchvision can fetch; refuse before the first if there is another among them."""
+    """Fetch benchmarks that torchvision can fetch; refuse before the first if there is another among them that is not here."""
     for name in names:
         if name not in DOWNLOADS:
-            raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the README says where to get the others")
+            try:
+                find(name, root)
+            except UserError as error:
+                raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the README says where to get the "
+                                "others") from error
     for name in names:
-        DOWNLOADS[name](root)
+        DOWNLOADS.get(name, lambda root: None)(root)
 
 
 def named_domains(root, benchmark, places, names):

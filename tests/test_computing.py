@@ -143,6 +143,7 @@ def test_gradients_that_float16_has_no_numbers_for_pass_the_encoders(model, size
 @pytest.mark.parametrize("device, bf16, amp, dtype", [("cpu", True, False, None), ("cpu", False, True, torch.bfloat16),
                                                       ("cuda", True, False, torch.bfloat16), ("cuda", False, True, torch.float16)])
 def test_bfloat16_is_for_cards_that_have_it_and_for_cpus_on_request(monkeypatch, device, bf16, amp, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: bf16)
     monkeypatch.setattr(torch, "autocast", lambda *words: words)
     model = types.SimpleNamespace(logit_scale=types.SimpleNamespace(device=torch.device(device)), amp=amp)

@@ -59,9 +59,9 @@ def trained(small, tasks, run=None, **changes):
 
 
 def matrix_file(path, names, accuracy, **changes):
-    """A study's transfer.json, measured as `settings` are."""
-    about = dict({key: SETTINGS[key] for key in ("prompt", "clip", "split", "shots")}, **changes)
-    path.write_text(json.dumps(dict(about, tasks=names, accuracy=accuracy)))
+    """A study's transfer.json of seed 1, measured as `settings` are."""
+    about = dict({key: SETTINGS[key] for key in ("prompt", "n_ctx", "clip", "split", "shots")}, images="validation")
+    path.write_text(json.dumps(dict(about, tasks=names, accuracy_of_seed={"1": accuracy}) | changes))
     return str(path)
 
 
@@ -268,18 +268,35 @@ def test_a_study_that_validates_says_that_no_test_image_was_scored(small, tmp_pa
     assert json.loads((tmp_path / "transfer.json").read_text())["images"] == "validation"
 
 
-def test_a_studys_file_averages_the_seeds(tmp_path):
+def test_a_studys_file_has_the_matrix_of_each_seed_and_their_mean(tmp_path):
     run = Memory(tmp_path)
     run.state["finished"][1] = dict(transfer_accuracy=[[80.0, 20.0], [40.0, 60.0]])
     accuracy = torch.tensor([[40.0, 20.0], [20.0, 20.0]])
     common.write_transfer(settings(), run, ["a", "b"], 2, accuracy, mvlpt.transferability, ["test", "test"])
     saved = json.loads((tmp_path / "transfer.json").read_text())
-    assert saved["seeds"] == [1, 2] and saved["accuracy"] == [[60.0, 20.0], [30.0, 40.0]] and saved["transfer"] == [[1.0, 0.5], [0.5, 1.0]]
+    assert saved["accuracy_of_seed"] == {"1": [[80.0, 20.0], [40.0, 60.0]], "2": accuracy.tolist()}
+    assert saved["accuracy"] == [[60.0, 20.0], [30.0, 40.0]] and saved["transfer"] == [[1.0, 0.5], [0.5, 1.0]]
 
 
 def test_a_matrix_given_back_is_found_by_the_tasks_names(tmp_path):
     path = matrix_file(tmp_path / "transfer.json", ["a", "b", "c"], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    assert common.read_transfer(settings(transfer=path), ["c", "a"]).tolist() == [[9, 7], [3, 1]]
+    assert common.read_transfer(settings(transfer=path, seeds=[1]), ["c", "a"]) == {1: [[9, 7], [3, 1]]}
+
+
+def test_a_seed_takes_its_own_matrix_from_a_file_and_test_images_are_warned_of(small, three, tmp_path, capsys):
+    """What one seed validates on another may test on."""
+    found = {"1": [[9, 1, 8], [1, 9, 1], [2, 8, 9]], "2": [[9, 8, 1], [8, 9, 1], [1, 1, 9]]}
+    path = matrix_file(tmp_path / "transfer.json", ["a", "b", "c"], None, accuracy_of_seed=found, prompt="coop")
+    words = dict(prompt="coop", source="none", group_size=2, transfer=path, seeds=[1, 2], epochs=1, adapt_epochs=1)
+    groups = [mvlpt.train(settings(**words), small, three, Memory(tmp_path), seed=seed).groups.tolist() for seed in (1, 2)]
+    assert groups == [[[0, 2], [1, 2], [2, 0]], [[0, 1], [1, 0], [2, 0]]]
+    with pytest.raises(common.UserError, match="is of the seeds 1, 2, not of 3: give those as --seeds"):
+        common.read_transfer(settings(transfer=path, seeds=[2, 3], prompt="coop"), ["a", "b", "c"])
+    assert not capsys.readouterr().err
+    path = matrix_file(tmp_path / "tested.json", ["a", "b", "c"], found["1"], images="test", prompt="coop")
+    common.read_transfer(settings(transfer=path, seeds=[1], prompt="coop"), ["a", "b", "c"])
+    assert capsys.readouterr().err == f"warning: --transfer {path} was measured on test images, so they choose the groups: a study with " \
+        "--validate keeps them out\n"
 
 
 def test_frozen_image_features_are_computed_once_for_the_whole_study(small, three, tmp_path, monkeypatch):
@@ -507,7 +524,8 @@ def test_a_resumed_run_asks_neither_file_again(small, tmp_path):
 
     def run_of(run, seed=1):
         torch.save(state, words["init"])
-        matrix_file(tmp_path / "transfer.json", names, [[9, 8, 5], [8, 9, 1], [1, 1, 9]], prompt="coop")
+        matrix = [[9, 8, 5], [8, 9, 1], [1, 1, 9]]
+        matrix_file(tmp_path / "transfer.json", names, matrix, prompt="coop", accuracy_of_seed={"1": matrix, "2": matrix[::-1]})
         return mvlpt.train(settings(seeds=[1, 2], **words), small, tasks, run, seed)
     expected, other, run = run_of(Memory()), run_of(Memory(), 2), Memory(stop=1)
     with pytest.raises(Killed):
@@ -584,14 +602,23 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(backbone, tmp_pa
     refused(*words, "--group-size", 2, "--transfer", tmp_path / "study" / "log.csv", says=["log.csv", "transfer.json"], folder=tmp_path)
     broken = json.loads(matrix.read_text())
     for accuracy in ([[1, 2], [3, 4]], [[1, 2, 3]] * 3 + [[1, 2, 3]], [["x"] * 3] * 3, [[float("nan")] * 3] * 3, None):
-        (tmp_path / "bad.json").write_text(json.dumps(dict(broken, accuracy=accuracy)))
+        (tmp_path / "bad.json").write_text(json.dumps(dict(broken, accuracy_of_seed={"1": accuracy})))
         refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", "no transfer matrix"], folder=tmp_path)
     (tmp_path / "bad.json").write_text(json.dumps(dict(broken, tasks=["drawn", "painted", "carved"])))
     refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", "carved", "'photo'"], folder=tmp_path)
     for changes, says in [(dict(prompt="vpt"), "with --prompt vpt, not with --prompt coop"), (dict(clip="tiny"), "with --clip tiny"),
-                          (dict(shots=4), "with --shots 4, not with --shots 5"), (dict(split=0.1), "with --split 0.1, not without --split")]:
+                          (dict(n_ctx=3), "with --n-ctx 3, not with --n-ctx 2"), (dict(shots=4), "with --shots 4, not with --shots 5"), (dict(split=0.1), "with --split 0.1, not without --split")]:
         (tmp_path / "bad.json").write_text(json.dumps(dict(broken, **changes)))
         refused(*words, "--group-size", 2, "--transfer", tmp_path / "bad.json", says=["bad.json", says], folder=tmp_path)
+
+
+def test_only_tasks_whose_last_checkpoint_is_kept_are_named(small, capsys):
+    few, many = small_tasks("few", "many")
+    few.train = few.train.subset([0, 1, 2])                                     # one image a class
+    trained(small, [few, many], prompt="coop", epochs=1, adapt_epochs=0)
+    assert "no validation" not in capsys.readouterr().out                       # the source prompt is chosen on the other's
+    trained(small, [few, many], prompt="coop", epochs=1, adapt_epochs=1)
+    assert "no validation images of few: the last" in capsys.readouterr().out
 
 
 def test_one_shot_has_no_validation_part_and_says_so(finished, tmp_path, capsys):
@@ -627,11 +654,12 @@ def test_a_source_prompt_of_no_source_or_of_another_shape_or_method_is_refused(f
 
 @pytest.mark.parametrize("more, says", [
     (["--group-size", 3], ["--group-size 3", "the 2 tasks"]), (["--group-size", 0], ["--group-size 0", "too small"]),
-    (["--group-size", "many"], ["many"]), (["--grouping", "worst"], ["--grouping worst", "no choice"]),
+    (["--group-size", "many"], ["many"]), (["--grouping", "worst"], ["--grouping worst", "no choice: leave it out"]),
     (["--group-size", "all", "--transfer", "x.json"], ["--transfer x.json", "no choice"]),
     (["--adapt-epochs", -1], ["--adapt-epochs -1", "0 or more"]),
     (["--adapt-epochs", 0, "--source", "none"], ["--adapt-epochs 0"]), (["--adapt-epochs", 0, "--group-size", 2], ["--adapt-epochs 0"]),
-    (["--transferability", "--group-size", 2], ["--transferability"]), (["--transferability", "--source", "emoji"], ["--transferability"]),
+    *[(["--transferability", *more], ["--transferability trains", more[0]]) for more in (
+        ["--group-size", 2], ["--source", "emoji"], ["--init", "x.pt"], ["--grouping", "worst"], ["--transfer", "x.json"])],
     (["--source", "emojy"], ["emojy", "did you mean 'emoji'"]), (["--prompt", "tpu"], ["tpu"]),
     (["--n-ctx", 75], ["75 context vectors"])])
 def test_words_that_cannot_be(finished, tmp_path, more, says):
@@ -662,6 +690,22 @@ def test_source_images_that_a_target_tests_on_are_refused_under_any_spelling(fin
             says=["--source sketched=", words[1] / "drawn", "tests on"])
     refused(*words, "--source", f"drawn={tmp_path / 'link'}", "--n-ctx", 75, "--out", tmp_path / "new", folder=tmp_path,
             says=["75 context vectors"])                                        # of the same name it is split at the same places
+
+
+def test_a_source_prompt_that_has_seen_what_a_target_tests_on_is_refused(finished, tmp_path, monkeypatch, capsys):
+    """A task of another name is split at other places; where the source images are gone, a line says that nobody can tell."""
+    run, words = finished
+    data = ["--data", f"x={words[1] / 'drawn'}", *words[2:], "--init", run / "prompts.pt"]
+    refused(*data, "--out", tmp_path / "new", folder=tmp_path, says=["prompts.pt, of --source", words[1] / "drawn", "tests on"])
+    other = make_tree(tmp_path / "other", {f"{d}/{c}": 6 for d in ("photo", "sketch") for c in ("dog", "cat")})
+    mvlpt.main([str(word) for word in ["--data", other, *words[2:], "--init", run / "prompts.pt", "--out", tmp_path / "a"]])
+    assert "cannot be told" not in capsys.readouterr().err
+    (words[1]).rename(tmp_path / "gone")
+    try:
+        mvlpt.main([str(word) for word in ["--data", other, *words[2:], "--init", run / "prompts.pt", "--out", tmp_path / "b"]])
+    finally:
+        (tmp_path / "gone").rename(words[1])
+    assert "has seen images that --data tests on cannot be told" in capsys.readouterr().err
 
 
 def test_prompts_are_scored_on_the_tasks_that_they_were_trained_on(finished, tmp_path, capsys):

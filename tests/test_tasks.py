@@ -266,6 +266,8 @@ def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch
     assert len(common.find_listings("cifar100", cifar, download=True)) == 3     # there already: no connection
     with pytest.raises(common.UserError, match="--download cannot fetch pacs, only cifar100"):
         common.find_listings("pacs", cifar, download=True)
+    tree = make_tree(cifar / "tree", {f"{d}/{c}": 1 for d in "ab" for c in "cd"})
+    assert len(common.find_listings(str(tree), cifar, download=True)) == 2      # what is here need not be fetched
     (cifar / "cifar-100-python" / "train").unlink()
     from torchvision.datasets import CIFAR100
 

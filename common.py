@@ -64,7 +64,10 @@ def load_method(name):
 
 
 def seed_everything(seed, epoch=0):
-    """Seed Python, NumPy and PyTorch. Every epoch starts here, so a checkpoint needs no random state to go on exactly."""
+    """Seed Python, NumPy and PyTorch. Every epoch starts here, so a checkpoint needs no random state to go on exactly.
+
+    On a card fused attention's backward pass stays free in its last bits: torch fixes them only where it may refuse other operations.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -229,7 +232,7 @@ from multitask_prompt_transfer import check_transfer, read_source, read_transfer
 load_file(HERE / "data" / "prompts.py", "multitask_prompt_prompts")         # MmAP's Figure 5
 from multitask_prompt_prompts import MLP, Joint  # noqa: E402, F401
 load_file(HERE / "data" / "plots.py", "multitask_prompt_plots")
-from multitask_prompt_plots import plot_run, plot_schedule, plot_tree  # noqa: E402, F401
+from multitask_prompt_plots import plot_run, plot_schedule, plot_tree, save_picture  # noqa: E402, F401
 for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
     _thing.__module__ = __name__            # where a spawned worker process finds them again
 
@@ -411,7 +414,7 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card always has a half precision")
     add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
     add("--max-mem", type=float, metavar="GB", help="memory for a step: texts and images that need more go through CLIP in pieces (default "
-        "nine tenths of a card's free memory; no limit on a CPU)")
+        "nine tenths of a card's free memory; no limit on a CPU); JSCPT's upper step keeps its pieces")
     add("--plot", action="store_true", help="also draw PNGs into the run folder")
     parser.set_defaults(method=method, paper=paper, tiny=tiny, finished=None)
     return parser
@@ -465,6 +468,10 @@ def parse(parser, argv=None):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, each once")
     try:
         torch.zeros(1, device=args.device).item()
+        if torch.device(args.device).type == "cuda":
+            torch.cuda.set_device(torch.zeros(1, device=args.device).device)    # what torch asks about "the card" is about this one
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} is not there ({_brief(error)}): use --device cpu") from error
     return args
@@ -523,7 +530,7 @@ def script(main):
         print(f"{name}: {error.filename} cannot be used ({error.strerror}): give another path or mend it", file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError:
-        print(f"{name}: the card's memory is full: {go_on()} with a --max-mem below its size, or start anew with a smaller --batch-size",
+        print(f"{name}: the card's memory is full: {go_on()} with a smaller --max-mem, or start anew with a smaller --batch-size",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -531,55 +538,8 @@ def script(main):
         sys.exit(130)
 
 
-def write_whole(path, content, new=False):
-    """Write text or bytes to a temporary name and rename it: the file is there whole or not at all.
-
-    new: FileExistsError where the file is there already, even if another process has made it at this very moment.
-    """
-    part = path.with_name(path.name + (f".{os.getpid()}.part" if new else ".part"))
-    try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode())
-        (_claim if new else os.replace)(part, path)
-    except FileExistsError:
-        part.unlink(missing_ok=True)
-        raise
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another --out") from error
-
-
-def _claim(part, path):
-    """os.replace, but FileExistsError where the new name is taken (which a file system without hard links cannot tell)."""
-    try:
-        os.link(part, path)
-        part.unlink()
-    except FileExistsError:
-        raise
-    except OSError:
-        os.replace(part, path)
-
-
-def load_saved(path, what, keys, remedy):
-    """A dict from `torch.save`, read without running any code in it; UserError where the file is not what it should be."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # truncated, foreign and malicious files fail in many ways, all of them here
-        raise UserError(f"{path} is not {what} of this project ({_brief(error)}): {remedy}") from error
-    kinds = dict(settings=dict, prompts=dict, tasks=dict, templates=dict, finished=dict, rows=list, current=(dict, type(None)))
-    if not isinstance(saved, dict) or not {"method", "settings", *keys} <= saved.keys() or \
-            not all(isinstance(saved[key], kind) for key, kind in kinds.items() if key in saved):
-        raise UserError(f"{path} is not {what} of this project (it holds something else): {remedy}")
-    return saved
-
-
-def load_prompts(path, method):
-    """What a run saved as prompts.pt: method, settings, tasks (name -> class names) and prompts (seed -> state dict)."""
-    saved = load_saved(path, "a prompts.pt", ["prompts", "tasks"], f"give the prompts.pt that a run of {method} wrote")
-    if saved["method"] != method:
-        raise UserError(f"{path} holds prompts of {saved['method']}, not of {method}: use {saved['method']}.py --eval {path}")
-    return saved
+load_file(HERE / "data" / "saving.py", "multitask_prompt_saving")           # files whole or not at all, and none that runs code
+from multitask_prompt_saving import load_prompts, load_saved, write_whole  # noqa: E402, F401
 
 
 class Run:
@@ -603,7 +563,7 @@ class Run:
                 if any(self.state["settings"].get(k, v) != v for k, v in self.settings.items() if k not in self.FREE):
                     raise UserError(f"{path} is of a run with other settings: {remedy}")
             if (self.folder / "prompts.pt").exists():
-                self.prompts = load_prompts(self.folder / "prompts.pt", args.method)["prompts"]
+                self.prompts = load_saved(self.folder / "prompts.pt", "a prompts.pt", ["prompts"], "start the run again in another --out")["prompts"]
             return
         for name in ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt"):
             if (self.folder / name).exists():
@@ -633,6 +593,8 @@ class Run:
                     except FileExistsError:
                         self.folder = self._free_folder(self.settings)
             self.folder.mkdir(exist_ok=True)
+            for part in self.folder.glob("*.part"):                             # of a process that was killed while it wrote
+                part.unlink(missing_ok=True)
             write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1), new=not self.resumed)
         except FileExistsError:
             raise UserError(f"--out {self.folder} holds another run, which has just begun: choose another folder") from None
@@ -752,6 +714,8 @@ def run_seeds(args, build, train, score, n_text, image_prompts=False, shared=Fal
     if image_prompts and not hasattr(model.visual, "transformer"):
         raise resnet
     set_up(model, args, _block)
+    if run:
+        run.settings["max_mem"] = model.max_mem                                 # other pieces would have other last bits
     build(args, model, tasks[args.seeds[0]])                                    # refuses settings that do not fit
 
     def scored(seed, prompts, **extra):

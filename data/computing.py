@@ -50,7 +50,7 @@ def scaled(encode):
         entering.register_hook(lambda gradient: gradient / scale)
         features = encode(model, rows, entering).float()
         features.register_hook(up)
-        return features
+        return features.view_as(features)                                       # whose own gradient is as it is
     return encoder
 
 
@@ -95,16 +95,17 @@ def second_derivatives():
 def in_pieces(encode):
     """Let an encoder take only as many rows (texts, images) at once as fit half of `model.max_mem`, one half for each encoder.
 
-    Then the backward pass computes each piece again instead of keeping what it needs of all of them: the same features and
-    gradients, in the memory of one piece and with another forward pass. Differentiating a gradient once more (JSCPT's upper
+    In training the backward pass then computes each piece again instead of keeping what it needs of all of them: the same features
+    and gradients, in the memory of one piece and with another forward pass. Differentiating a gradient once more (JSCPT's upper
     step) keeps the pieces after all.
     """
     @functools.wraps(encode)
     def encoder(model, rows, prompts=None):
         room = getattr(model, "max_mem", None)
-        if room is None or prompts is None or not (torch.is_grad_enabled() and prompts.requires_grad):
+        if room is None or rows.ndim != 2 and not hasattr(model.visual, "transformer"):         # a ResNet's is not known
             return encode(model, rows, prompts)
-        most = max(1, int(room * 2**30 / 2 / bytes_a_row(model, rows, prompts)))
+        trained = prompts is not None and torch.is_grad_enabled() and prompts.requires_grad
+        most = max(1, int(room * 2**30 / 2 / bytes_a_row(model, rows, prompts, trained)))
         if len(rows) <= most:
             return encode(model, rows, prompts)
         plain = second_derivatives()
@@ -112,16 +113,16 @@ def in_pieces(encode):
         def piece(rows, prompts):
             with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():       # computed again, it does the same
                 return encode(model, rows, prompts)
-        return torch.cat([checkpoint(piece, rows[i:i + most], prompts if prompts.ndim == 3 else prompts[:, i:i + most],
-                                     use_reentrant=False, preserve_rng_state=False) for i in range(0, len(rows), most)])
+        compute = functools.partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False) if trained else piece
+        return torch.cat([compute(rows[i:i + most], prompts if prompts is None or prompts.ndim == 3 else prompts[:, i:i + most])
+                          for i in range(0, len(rows), most)])
     return encoder
 
 
-def bytes_a_row(model, rows, prompts):
-    """What a text (rows [C, T]) or an image (rows [B, 3, H, W]) keeps for the backward pass."""
+def bytes_a_row(model, rows, prompts, trained):
+    """What a text (rows [C, T]) or an image (rows [B, 3, H, W]) keeps: all layers' for a backward pass, else two at a time."""
     if rows.ndim == 2:
-        tokens, width, blocks = rows.shape[1], model.ln_final.weight.shape[0], model.transformer.resblocks
+        tokens, part = rows.shape[1], model.transformer
     else:
-        tokens, width, blocks = len(model.visual.positional_embedding), prompts.shape[-1], model.visual.transformer.resblocks
-        tokens += prompts.shape[-2]
-    return 4 * KEPT * tokens * width * len(blocks)
+        tokens, part = len(model.visual.positional_embedding) + (0 if prompts is None else prompts.shape[-2]), model.visual.transformer
+    return 4 * KEPT * tokens * part.width * (len(part.resblocks) if trained else 2)

@@ -1,12 +1,21 @@
 """The pictures of a run, and those of HiPro's and JSCPT's figures. `common` passes these names on."""
 import csv
+import io
 import itertools
 import json
 import statistics
 
 import numpy as np
 
+import common
 from multitask_prompt_reports import MATRICES
+
+
+def save_picture(figure, path, **how):
+    """A matplotlib figure as a PNG file, which is there whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, **how)
+    common.write_whole(path, buffer.getvalue())
 
 
 def plot_run(folder, result, rows, plot=None):
@@ -21,13 +30,13 @@ def plot_run(folder, result, rows, plot=None):
     axes.bar([i - width / 2 for i in range(len(names))], [result["zero_shot"][n] for n in names], width, label="zero-shot CLIP")
     axes.bar([i + width / 2 for i in range(len(names))], means, width, yerr=spreads, label=result["method"])
     axes.set_xticks(range(len(names)), names, rotation=20), axes.set_ylabel("accuracy (%)"), axes.legend()
-    figure.savefig(folder / "accuracy.png", dpi=150, bbox_inches="tight")
+    save_picture(figure, folder / "accuracy.png", bbox_inches="tight")
     figure, axes = plt.subplots(figsize=(6, 4))
     for seed in result["seeds"]:
         points = [(row["epoch"], row["loss"]) for row in rows if row["seed"] == seed and "loss" in row]
         axes.plot([x for x, _ in points], [y for _, y in points], label=f"seed {seed}")
     axes.set_xlabel("epoch"), axes.set_ylabel("training loss"), axes.legend()
-    figure.savefig(folder / "loss.png", dpi=150, bbox_inches="tight")
+    save_picture(figure, folder / "loss.png", bbox_inches="tight")
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
             figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
@@ -36,7 +45,7 @@ def plot_run(folder, result, rows, plot=None):
                 axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7, color="white", backgroundcolor="#00000060")
             axes.set_xticks(range(len(names)), names, rotation=90), axes.set_yticks(range(len(names)), names)
             axes.set_title(f"{key}, seed {seed}")
-            figure.savefig(folder / f"{key}-{seed}.png", dpi=150, bbox_inches="tight")
+            save_picture(figure, folder / f"{key}-{seed}.png", bbox_inches="tight")
     if plot:
         plot(folder, result)
     plt.close("all")
@@ -55,7 +64,7 @@ def plot_tree(folder, result):
             for x, y in spots:
                 axes.plot([x, height, height], [y, y, place[tuple(node)][1]], color="black")
         axes.set_yticks(range(len(order)), order), axes.set_xticks([]), axes.set_title(f"task tree, seed {seed}")
-        figure.savefig(folder / f"tree-{seed}.png", dpi=150, bbox_inches="tight")
+        save_picture(figure, folder / f"tree-{seed}.png", bbox_inches="tight")
         plt.close(figure)
 
 
@@ -84,7 +93,7 @@ def plot_schedule(folder, result):
             for row in (at(1), at(20)):
                 axes[i, k].plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o", label=f"epoch {row['epoch']}")
             axes[i, k].set(title=f"{name}: {('causal effect, Eq. (4)', 'weight, Eq. (6)')[k]}", xlabel="batch"), axes[i, k].legend()
-        figure.savefig(folder / f"causal-{seed}.png", dpi=150)
+        save_picture(figure, folder / f"causal-{seed}.png")
         figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="tight")
         for axis, key in zip(axes.flat[[0, 3, 4, 5]], ("losses", "alpha", "beta", "phi")):
             for i, name in enumerate(names):
@@ -96,4 +105,4 @@ def plot_schedule(folder, result):
             figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
             axis.set_xticks(range(len(names)), names, rotation=30), axis.set_yticks(range(len(names)), names)
             axis.set_title(f"affinity of row on column, epoch {row['epoch']}")
-        figure.savefig(folder / f"schedule-{seed}.png", dpi=150)
+        save_picture(figure, folder / f"schedule-{seed}.png")

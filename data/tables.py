@@ -177,7 +177,7 @@ def plot_parameters(out, tables):
         axis.axhline(statistics.mean(widest["zero_shot"]["average"]), color="grey", linestyle="--", label="zero-shot CLIP")
         axis.set_xlabel("trainable parameters"), axis.set_ylabel("average accuracy (%)")
         axis.set_title(title), axis.legend(fontsize=7)
-    figure.savefig(out / "parameters.png", dpi=150)
+    common.save_picture(figure, out / "parameters.png")
     plt.close(figure)
     return ["parameters.png"]
 
@@ -214,7 +214,7 @@ def plot_shots(out, tables):
         for axis in row[len(key) - 1:]:
             axis.axis("off")
         row[0].legend(fontsize=7)
-    figure.savefig(out / "shots.png", dpi=150)
+    common.save_picture(figure, out / "shots.png")
     plt.close(figure)
     return ["shots.png"]
 

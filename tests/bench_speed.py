@@ -220,6 +220,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     words = parser.parse_args()
+    if words.device.startswith("cuda:"):
+        torch.cuda.set_device(words.device)
     if words.peak:                          # a process of its own for the memory: a method's step, or the floor of what it encoded
         model, _, step, _ = setting(words, words.method[0])
         seen = json.loads(words.peak)

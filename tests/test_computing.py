@@ -19,9 +19,11 @@ def model():
     return random_clip(**TINY)
 
 
-def step_of(name, model):
-    """(loss, gradients) of a step with 3 tasks of the same 5 classes and 4 images each."""
+def step_of(name, model, room=None):
+    """(loss, gradients) of a step with 3 tasks of the same 5 classes and 4 images each, in `room` GB from the untrained prompts on."""
+    model.max_mem = None
     prompts, gradients = training(name, model, tasks_of(model, 3, 4, NAMES), 4, n_ctx=2)
+    model.max_mem = room
     common.seed_everything(2)               # coop_mt draws which view a step shows
     loss = gradients()
     return loss, {key: p.grad for key, p in prompts.named_parameters() if p.grad is not None}
@@ -40,12 +42,10 @@ def test_a_step_in_pieces_has_the_same_loss_and_gradients(model, name, monkeypat
     whole, calls, checkpoint = step_of(name, model), [], computing.checkpoint
     monkeypatch.setattr(computing, "checkpoint", lambda piece, rows, prompts, **how:
                         calls.append(len(rows)) or checkpoint(piece, rows, prompts, **how))
-    model.max_mem = 2 * 3.5 * computing.bytes_a_row(model, torch.zeros(1, 7), None) / 2**30
-    agree(step_of(name, model), whole)
+    agree(step_of(name, model, 2 * 3.5 * computing.bytes_a_row(model, torch.zeros(1, 7), None, trained=True) / 2**30), whole)
     assert len(calls) >= (2 if name == "coop_mt" else 4) and max(calls) <= 3    # texts at once, and one image
     calls.clear()
-    model.max_mem = 1.0
-    agree(step_of(name, model), whole, tolerance=0)
+    agree(step_of(name, model, 1.0), whole, tolerance=0)
     assert not calls
 
 
@@ -62,7 +62,24 @@ def test_pieces_keep_less_for_the_backward_pass(model):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             common.encode_text(model, tokens, prompts)
     assert kept[1e-3] < kept[None] / 10
-    assert kept[None] * 4 == pytest.approx(40 * computing.bytes_a_row(model, tokens, prompts), rel=0.6)
+    assert kept[None] * 4 == pytest.approx(40 * computing.bytes_a_row(model, tokens, prompts, trained=True), rel=0.6)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_passes_without_gradients_go_in_pieces_too(model, prompted, monkeypatch):
+    rows = dict(encode_text=common.tokenize([f"class {i}" for i in range(40)], 2), encode_image=torch.randn(40, 3, 32, 32))
+    whole, sizes, block = {}, [], common._block
+    prompts = torch.randn(2, 40, 2, 64) if prompted else None
+    for room in (None, 2e-3):
+        model.max_mem = room
+        model.block = lambda layer, x, causal: sizes.append(len(x)) or block(layer, x, causal)
+        for name, inputs in rows.items():
+            sizes.clear()
+            features = getattr(common, name)(model, inputs, prompts)
+            assert (features - whole.setdefault(name, features)).abs().max() < 1e-5
+            assert max(sizes) == 40 if room is None else 1 < max(sizes) < 20
+    resnet = types.SimpleNamespace(visual=torch.nn.Identity(), max_mem=1e-9, logit_scale=torch.zeros(()), dtype=torch.float32, encode_image=lambda images: images)
+    assert common.encode_image(resnet, rows["encode_image"]) is rows["encode_image"]        # whose needs are not known
 
 
 def test_pieces_can_be_differentiated_once_more_and_again(model):
@@ -71,9 +88,10 @@ def test_pieces_can_be_differentiated_once_more_and_again(model):
     tasks, results = tasks_of(model, 3, 4, NAMES), []
     args = types.SimpleNamespace(**{**jscpt.PAPER, **FLAGS, "n_ctx": 2, "batch_size": 4, "scale": 0.01, "upper_lr": 0.1})
     for room in (None, 1e-4):
-        model.max_mem = room
+        model.max_mem = None
         common.seed_everything(1)
-        prompts = jscpt.build(args, model, tasks)
+        prompts = jscpt.build(args, model, tasks)                               # whose start magnifies the texts' last bits
+        model.max_mem = room
         batches = [(torch.stack([task.train[i][0] for i in range(4)]), torch.arange(4)) for task in tasks]
         upper = torch.optim.SGD([prompts.alpha, prompts.beta], lr=1.0)
         effect, A = torch.full((3,), 0.7), torch.full((3, 3), 0.3)
@@ -136,6 +154,8 @@ def test_gradients_that_float16_has_no_numbers_for_pass_the_encoders(model, size
             error = [(gradient(e) - exact).norm() / exact.norm() for e in (encode, encode.__wrapped__.__wrapped__)]
             model.max_mem = 1e-3                                                # in pieces, each with its own scale
             assert (gradient(encode) - exact).norm() < 0.01 * exact.norm()
+            features = encode(model, inputs, prompts)
+            assert torch.equal(torch.autograd.grad(features[0].sum() * size, features)[0][0], torch.full((32,), float(size)))
         del model.max_mem
         assert error[0] < 0.01 and (size == 1 or not error[1] < 0.5)
 
@@ -170,8 +190,7 @@ def test_compiled_layers_have_the_same_loss_and_gradients(model, name):
     whole = step_of(name, model)
     model.block = computing.compiled(common._block, torch.device("cpu"))
     agree(step_of(name, model), whole)
-    model.max_mem = 1e-3
-    agree(step_of(name, model), whole)
+    agree(step_of(name, model, 1e-3), whole)
     with computing.sdpa_kernel(computing.SDPBackend.MATH):                      # second derivatives: the layers as they are
         x = torch.randn(2, 5, 64, requires_grad=True)
         [g] = torch.autograd.grad(model.block(model.transformer.resblocks[0], x, causal=True).sum(), x, create_graph=True)

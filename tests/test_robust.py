@@ -82,7 +82,7 @@ def test_a_disk_that_fills_under_a_picture_or_a_card_without_memory_points_to_re
     with monkeypatch.context() as patch:
         patch.setattr(coop, "losses_of", no_memory)
         code, _, err = here("coop_mt.py", *small, "--out", tmp_path / "card")
-    assert code == 2 and is_line(err) and f"--resume --out {tmp_path / 'card'} with a --max-mem" in err and "--batch-size" in err
+    assert code == 2 and is_line(err) and f"--resume --out {tmp_path / 'card'} with a smaller --max-mem" in err and "--batch-size" in err
     code, _, err = here("coop_mt.py", "--resume", "--out", tmp_path / "card", "--max-mem", 1)
     assert code == 0, err
 
@@ -92,6 +92,23 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_else(words, tm
     code, _, err = here("coop_mt.py", *words, "--out", tmp_path / "deep" / "run")
     assert code == 2 and is_line(err) and f"{tmp_path} is a file or read-only: choose another folder" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_room_that_a_card_had_is_kept_for_when_a_run_goes_on(words, tmp_path, monkeypatch, here):
+    """Other pieces have other last bits. What a killed process had begun to write goes."""
+    def set_up(model, args, block):
+        model.max_mem = args.max_mem or 12.5                                    # as on a card with 12.5 GB free
+    monkeypatch.setattr(common, "set_up", set_up)
+    small, out = [*words, "--views", 1, "--epochs", 1, "--shots", 8], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "checkpoint", lambda *_, **parts: [][0])
+        with pytest.raises(IndexError):
+            here("coop_mt.py", *small, "--out", out)
+    assert json.loads((out / "settings.json").read_text())["max_mem"] == 12.5
+    (out / "checkpoint.pt.123.part").write_bytes(b"half")
+    code, _, err = here("coop_mt.py", "--resume", "--out", out)
+    assert code == 0, err
+    assert json.loads((out / "settings.json").read_text())["max_mem"] == 12.5 and not list(out.glob("*.part"))
 
 
 def test_of_two_runs_in_one_folder_one_begins_and_its_settings_are_never_half_there(tmp_path, monkeypatch):

@@ -411,7 +411,7 @@ def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
     add("--predict", metavar="IMAGE", nargs="+", help="with --eval: print the likeliest classes of these images, and no table")
     add("--task", metavar="NAME", help="with --predict: the task that the images are of, where there are several")
     add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
-    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card always has a half precision")
+    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card always computes in a half precision")
     add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
     add("--max-mem", type=float, metavar="GB", help="memory for a step: texts and images that need more go through CLIP in pieces (default "
         "nine tenths of a card's free memory; no limit on a CPU); JSCPT's upper step keeps its pieces")
@@ -557,13 +557,14 @@ class Run:
         self.state = dict(method=args.method, settings=self.settings, finished={}, rows=[], current=None)
         self.prompts = {}
         if args.resume:
+            remedy = "start the run again in another --out"
             if (self.folder / "checkpoint.pt").exists():
-                path, remedy = self.folder / "checkpoint.pt", "start the run again in another --out"
+                path = self.folder / "checkpoint.pt"
                 self.state = load_saved(path, "a checkpoint", self.state, remedy)
                 if any(self.state["settings"].get(k, v) != v for k, v in self.settings.items() if k not in self.FREE):
                     raise UserError(f"{path} is of a run with other settings: {remedy}")
             if (self.folder / "prompts.pt").exists():
-                self.prompts = load_saved(self.folder / "prompts.pt", "a prompts.pt", ["prompts"], "start the run again in another --out")["prompts"]
+                self.prompts = load_saved(self.folder / "prompts.pt", "a prompts.pt", ["prompts"], remedy)["prompts"]
             return
         for name in ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt"):
             if (self.folder / name).exists():

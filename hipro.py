@@ -9,7 +9,7 @@ the classifiers of the nodes that contain it, Eq. (5). Nodes share nothing but t
 
     python hipro.py                                                             # built-in benchmark and backbone
     python hipro.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1
-    python hipro.py --data cifar100 --download --split 0.04 --seeds 1 2 3       # Table 3 (Table 2, DomainNet, is not here yet)
+    python hipro.py --data cifar100 --download --split 0.04 --seeds 1 2 3       # Table 3 (Table 2: --data domainnet --split 0.01)
     python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping shared+individual    # Table 4, Shr+Ind
     python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping random       # ... random groups
     python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping tag  # ... the tree from TAG's affinity

@@ -10,7 +10,8 @@ along the weighted gradients, Eq. (9), and every M steps alpha and beta along th
 through the prompts, Eq. (10)-(11): implicit differentiation with a truncated Neumann series.
 
     python jscpt.py                                                             # built-in benchmark and backbone
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1 (also: --split 0.2)
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1 (Table 2: --data minidomainnet --split 0.01
+                                                                # --batch-size 4; Table 3: --data coop10 --shots 5 --batch-size 32)
     python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection  # Table 4; its other rows: --no-prompt-schedule,
                                                                                 # --no-task-schedule, --cagrad
     python jscpt.py --data officehome --split 0.2 --plot                        # Figures 4 and 5

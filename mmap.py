@@ -9,6 +9,7 @@ MmAP of its own, freshly started, together with one of each task; both stand sid
 
     python mmap.py                                                              # built-in benchmark and backbone
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3                  # Table 1
+    python mmap.py --data minidomainnet --split 0.01 --batch-size 4 --seeds 1 2 3   # Table 2
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping none  # Table 3, task-specific only; its other rows:
                                                             # --no-specific, --grouping random, --grouping all
     python mmap.py --data officehome --shots 6 --seeds 1 2 3                    # Figure 4 (1, 3, 6, 12 shots)

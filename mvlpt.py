@@ -18,7 +18,7 @@ the checkpoint that is best on its own validation images. A prompt is a text con
     python mvlpt.py --data officehome --split 0.1 --adapt-epochs 0 --epochs 50 --lr 0.0015 --batch-size 16 --n-ctx 16   # JSCPT, Table 1
 
 `--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer DIR/transfer.json` the matrix of a study
-or of another run's groups. `elevater12` and `elevater20` are not among the benchmarks yet.
+or of another run's groups. `elevater12` and `elevater20` are not among the benchmarks yet. (Table 4: `--source imagenet`, `coop10`.)
 
 Choices the paper leaves open
 - UPT: the text context and all image prompts pass, each modality through a linear map, to width 128, as one sequence through one

@@ -594,7 +594,7 @@ class Run:
                     except FileExistsError:
                         self.folder = self._free_folder(self.settings)
             self.folder.mkdir(exist_ok=True)
-            for part in self.folder.glob("*.part"):                             # of a process that was killed while it wrote
+            for part in self.folder.glob("*.part") if self.resumed else []:     # of a process that was killed while it wrote
                 part.unlink(missing_ok=True)
             write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1), new=not self.resumed)
         except FileExistsError:

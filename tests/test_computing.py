@@ -1,11 +1,12 @@
 """What makes the methods fast and small changes no result: pieces, passes, views, images in memory, compilation; and bfloat16."""
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
 from bench_speed import FLAGS, METHODS, megabytes, passes, tasks_of, training
-from conftest import TINY, Log, make_tree, random_clip, small_tasks
+from conftest import ROOT, TINY, Log, make_tree, random_clip, small_tasks
 
 import common
 
@@ -282,9 +283,13 @@ def test_the_built_in_benchmark_is_read_without_processes_and_many_files_with():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
 def test_the_benchmark_measures_what_a_step_adds_to_memory():
-    """Also in a process that had more before: what it holds and what it held do not count."""
+    """What the process holds and held before does not count, nor what the one had that started it."""
     ones = lambda n: torch.ones(n * 2**18)                                      # n MB
     held, before = ones(20), ones(300)
     del before
     assert megabytes("cpu", lambda: ones(100).sum()) == pytest.approx(100, abs=10) and len(held)
     assert megabytes("cpu", lambda: None) < 5
+    held = ones(1200)                                                           # a child's ru_maxrss would begin here
+    code = "import torch; from bench_speed import megabytes; print(megabytes('cpu', lambda: torch.ones(100 * 2**18).sum()))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    assert float(child.stdout) == pytest.approx(100, abs=20) and len(held)

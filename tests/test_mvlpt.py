@@ -692,7 +692,7 @@ def test_source_images_that_a_target_tests_on_are_refused_under_any_spelling(fin
             says=["75 context vectors"])                                        # of the same name it is split at the same places
 
 
-def test_a_source_prompt_that_has_seen_what_a_target_tests_on_is_refused(finished, tmp_path, monkeypatch, capsys):
+def test_a_source_prompt_that_has_seen_what_a_target_tests_on_is_refused(finished, tmp_path, capsys):
     """A task of another name is split at other places; where the source images are gone, a line says that nobody can tell."""
     run, words = finished
     data = ["--data", f"x={words[1] / 'drawn'}", *words[2:], "--init", run / "prompts.pt"]

@@ -1,17 +1,19 @@
-"""What the seven method files share: CLIP with prompts, tasks, evaluation, the command line, and the run folder.
+"""What the seven method files share: CLIP with prompts, texts and losses, evaluation, and the run.
 
-Read it in this order: `encode_text` and `encode_image` put prompts into an untouched `clip` model, `load_tasks` makes the
-tasks, `Texts` and `epoch_batches` make a training step's batches, `evaluate` scores, `arguments` and `Run` are the shell.
+Read it in this order: `encode_text` and `encode_image` put prompts into an untouched `clip` model;
+`Texts`, `batches` and `task_losses` make the loss of a training step; `evaluate` scores; `Args`,
+`Run` and `run_seeds` are the shell around a method: command line, checkpoints, the closing table.
 
     model, preprocess = load_clip("tiny", "cpu")
-    tasks = load_tasks("emoji", split=0.1, seed=1)
-    text = encode_text(model, tokenize(tasks[0].class_names, template=tasks[0].template))
-    print(evaluate(model, preprocess, tasks[0], text))                          # zero-shot accuracy in per cent
+    task = load_tasks("emoji", shots=6)[0]
+    text = encode_text(model, tokenize(task.class_names, template=task.template))       # [C, D]
+    image = encode_image(model, preprocess(task.test[0][0])[None])                      # [1, D]
+    print(task.class_names[logits(model, image, text).argmax()])
 """
-import argparse
+import contextlib
 import csv
-import difflib
 import errno
+import hashlib
 import importlib.util
 import io
 import json
@@ -19,74 +21,60 @@ import math
 import os
 import pickle
 import random
+import re
 import statistics
 import sys
 import time
 import warnings
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+import data as datasets
+from data import Images, Task, UserError, hold_out, load_tasks, read_image
+
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")         # the clip package imports pkg_resources, which warns that it is old
+    warnings.simplefilter("ignore")         # clip imports pkg_resources, which warns that it is old
     import clip
 
 HERE = Path(__file__).resolve().parent
-sys.modules.setdefault("common", sys.modules[__name__])         # under `python common.py` too there is one of it
+__all__ = ["Images", "Task", "UserError", "hold_out", "load_tasks", "read_image"]
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend: one line that names the culprit and the remedy. Scripts exit with code 2."""
+def load_method(name):
+    """The module of a method file, loaded by path: `load_method("mmap")` shadows no other module.
 
-
-def load_file(path, alias):
-    """A module by path and under a name that shadows nothing; the same one whenever it is asked for again."""
+    Raises UserError when there is no such file.
+    """
+    alias, path = f"method_{name}", HERE / f"{name}.py"
     if alias in sys.modules:
         return sys.modules[alias]
+    if not path.is_file():
+        raise UserError(f"there is no method file {path}")
     spec = importlib.util.spec_from_file_location(alias, path)
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def load_method(name):
-    """The module of a method file beside this one, by path: `load_method("mmap")` shadows no standard module.
-
-    Raises UserError when there is no such file.
-    """
-    path = HERE / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"there is no method file {path}")
-    return load_file(path, f"method_{name}")
-
-
-def seed_everything(seed, epoch=0):
-    """Seed Python, NumPy and PyTorch. Every epoch starts here, so a checkpoint needs no random state to go on exactly.
-
-    On a card fused attention's backward pass stays free in its last bits: torch fixes them only where it may refuse other operations.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    mixed = (seed * 1_000_003 + epoch) % 2**32
-    random.seed(mixed), np.random.seed(mixed), torch.manual_seed(mixed)
-
-
-load_file(HERE / "data" / "computing.py", "multitask_prompt_computing")     # precision, memory and compilation of the encoders
-from multitask_prompt_computing import autocast, fused_attention, in_pieces, scaled, set_up  # noqa: E402, F401
-
-
-# ---------------------------------------------------------------------------------------------------------------- CLIP
+# ------------------------------------------------------------------------------------------- CLIP
 
 def load_clip(name, device="cpu"):
-    """A frozen float32 CLIP in eval mode and its image preprocessing.
+    """A frozen float32 CLIP in eval mode, and its image preprocessing: (model, preprocess).
 
-    name: one of `clip.available_models()` (downloaded to ~/.cache/clip), "tiny" (the built-in backbone), or the path of a
-    checkpoint: a TorchScript archive as OpenAI ships them, or a state dict. Returns (model, preprocess).
-    Raises UserError for an unknown name, a failed download and a file that is no CLIP.
+    name: one of `clip.available_models()` (downloaded to ~/.cache/clip), "tiny" (the built-in
+    backbone), or the path of a checkpoint of OpenAI's CLIP: a TorchScript archive or a state dict.
+    Raises UserError for an unknown name, a failed download and a file that is no such checkpoint.
     """
     check_clip(name)
     path = str(HERE / "data" / "tiny_clip.pt") if name == "tiny" else name
@@ -94,191 +82,477 @@ def load_clip(name, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, preprocess = clip.load(path, device="cpu")
-    except Exception as error:              # a foreign file can fail anywhere between unpickling and building the model
+    except Exception as error:      # foreign files fail anywhere between unpickling and building
         if name in clip.available_models():
             url = clip.clip._MODELS[name]
-            raise UserError(f"cannot get the weights of {name} ({_brief(error)}): put {url} into ~/.cache/clip yourself") from error
-        raise UserError(f"{path} is not a CLIP checkpoint that clip.load can read ({_brief(error)}): give the file of a "
-                        "TorchScript archive or of a state dict saved with torch.save") from error
+            raise UserError(f"cannot get the weights of {name} ({datasets.brief(error)}): "
+                            f"put {url} into ~/.cache/clip yourself") from error
+        raise UserError(f"{path} is not a CLIP checkpoint that clip.load can read "
+                        f"({_unreadable(error)}): give a TorchScript archive as OpenAI ships them, "
+                        "or the state dict of such a model saved with torch.save") from error
     return model.float().eval().requires_grad_(False).to(device), preprocess
 
 
 def check_clip(name):
-    """Raise UserError for a backbone that is neither a name of the clip package, nor "tiny", nor a file."""
+    """Raise UserError for a backbone that is neither a known name nor a file."""
     known = ["tiny", *clip.available_models()]
     if name not in known and not Path(name).is_file():
-        raise UserError(f"unknown backbone '{name}'{_nearest(name, known)}: use one of {', '.join(known)} or the path of a file")
+        raise UserError(f"unknown backbone '{name}'{datasets.nearest(name, known)}: use one of "
+                        f"{', '.join(known)} or the path of a file")
 
 
-def _brief(error):
-    if isinstance(error, pickle.UnpicklingError):       # torch's own text advises to run what is in the file
+def _unreadable(error):
+    if isinstance(error, pickle.UnpicklingError):   # torch's own text advises to run the file
         return "it holds something else than tensors and plain values"
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:120]
-
-
-def _nearest(word, known):
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    if isinstance(error, KeyError):
+        return "it has other tensors than OpenAI's CLIP"
+    return datasets.brief(error)
 
 
 def tokenize(class_names, n_ctx=0, template="{}"):
-    """Token ids of `[SOS] X X .. X class name . [EOS]`, with `n_ctx` placeholders X that learned prompts overwrite (CoOp).
+    """Token ids [C, T] of `[SOS] X X .. X class name . [EOS]` (CoOp), zeros behind EOS.
 
-    class_names: list of C strings; template wraps the name and has no full stop of its own, e.g. "a photo of a {}".
-    Returns a LongTensor [C, T], zeros behind EOS; T is the longest row and not 77, because a causal encoder read at EOS
-    never sees what follows. Raises UserError when a row is longer than CLIP's 77 positions.
+    n_ctx: the number of placeholders X, which learned prompts overwrite. template wraps the name
+    and has no full stop of its own, e.g. "a photo of a {}". T is the longest row, not 77: a causal
+    encoder that is read at EOS never sees what follows.
+    Raises UserError where a row is longer than CLIP's 77 positions.
     """
     words = clip.clip._tokenizer
-    start, end, placeholder = words.encoder["<|startoftext|>"], words.encoder["<|endoftext|>"], words.encode("X")[0]
+    start, end = words.encoder["<|startoftext|>"], words.encoder["<|endoftext|>"]
+    placeholder = words.encode("X")[0]
     texts = [words.encode(template.format(name) + ".") for name in class_names]
     longest = max(texts, key=len)
-    length, most = n_ctx + len(longest) + 2, 77 - len(longest) - 2
-    if length > 77:
+    if n_ctx + len(longest) + 2 > 77:
         name = template.format(class_names[texts.index(longest)])
-        remedy = f"use at most {most} context vectors" if n_ctx and most > 0 else "give the class a shorter name"
-        raise UserError(f"{f'{n_ctx} context vectors and ' * (n_ctx > 0)}'{name}' take {length} of the 77 text positions: {remedy}")
-    tokens = torch.zeros(len(texts), length, dtype=torch.long)
-    for row, ids in zip(tokens, texts):
-        row[:n_ctx + len(ids) + 2] = torch.tensor([start, *[placeholder] * n_ctx, *ids, end])
-    return tokens
+        room = 77 - len(longest) - 2
+        what = f"{n_ctx} context vectors and '{name}'" if n_ctx else f"'{name}'"
+        remedy = "give the class a shorter name"
+        if n_ctx and room > 0:
+            remedy = f"use at most {room} context vectors"
+        raise UserError(
+            f"{what} take {n_ctx + len(longest) + 2} of the 77 text positions: {remedy}"
+        )
+    rows = [torch.tensor([start, *[placeholder] * n_ctx, *ids, end]) for ids in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _block(block, x, causal):
-    """One layer of CLIP's transformer on x [rows, tokens, width], with fused attention and no mask to carry around."""
-    attention = block.attn
-    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)     # [rows, heads, tokens, width / heads]
-               for part in F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1))
-    mixed = fused_attention(q, k, v, causal).transpose(1, 2).flatten(2)
-    x = x + attention.out_proj(mixed)
-    return x + block.mlp(block.ln_2(x))
+def _precision(model):
+    """The autocast context of an encoder, as `--precision` (an attribute of the model) says.
 
-
-def _insert(x, prompts, replace):
-    """Put prompts [n, d] or [R, n, d] behind the first token of x [R, T, d], over `replace` tokens that stand there."""
-    prompts = prompts.to(x.dtype).expand(len(x), -1, -1)
-    return torch.cat([x[:, :1], prompts, x[:, 1 + replace:]], dim=1)
-
-
-@in_pieces
-@scaled
-def encode_text(model, tokens, prompts=None):
-    """Text features [C, D], not normalised, of tokens [C, T] for any `clip.model.CLIP`.
-
-    prompts: None, [L, n, d] (the same for every text) or [L, C, n, d], for the first L layers. Layer 0's take positions
-    1..n before the positional embedding is added, deeper layers' overwrite positions 1..n of that layer's input; after
-    layer L they flow on as they are. Raises ValueError where prompts do not fit the encoder.
+    "auto": on a GPU bfloat16 where it has it, else float16 where no gradient is wanted; otherwise
+    float32. Weights and prompts stay float32.
     """
-    layers, n = ([], 0) if prompts is None else (prompts, prompts.shape[-2])
+    device, asked = model.logit_scale.device.type, getattr(model, "precision", "auto")
+    if asked == "auto" and device == "cuda" and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            asked = "bf16"
+        elif not torch.is_grad_enabled():
+            asked = "fp16"
+    kinds = dict(bf16=torch.bfloat16, fp16=torch.float16)
+    return torch.autocast(device, kinds[asked]) if asked in kinds else contextlib.nullcontext()
+
+
+def _layer(model, function, *inputs):
+    """Run one layer; `--checkpoint` recomputes it in the backward pass instead of keeping it."""
+    if getattr(model, "checkpoint", False) and torch.is_grad_enabled():
+        return recomputed(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
+def _heads(x, attention):
+    """[..., tokens, d] -> [..., heads, tokens, d / heads]."""
+    return x.unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2)
+
+
+def _fused_attention(q, k, v, causal=False):
+    """Fused attention; in float32 on a CPU, where its half-precision backward pass is slow."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", enabled=False):
+            return _fused_attention(q.float(), k.float(), v.float(), causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _mlp(block, x):
+    """x + MLP(LN(x)), with QuickGELU as one silu: x sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
+    hidden = block.mlp.c_fc(block.ln_2(x)).mul_(1.702)
+    return x + block.mlp.c_proj(F.silu(hidden).mul_(1 / 1.702))
+
+
+def _text_layer(block, x, S, P, C, set_of, mask, eos):
+    """One layer of the text encoder on prefixes and classes.
+
+    x [S*P + C*t, d]: the S prefixes of P tokens, then the own t tokens of C texts. set_of: the
+    prefix of each text [C], or None where each has C / S texts in a row. mask [t, t], or in the
+    last layer [C, 1, t], where eos [C] are the rows of x whose output is wanted: returns [C, d].
+    """
+    attention, d = block.attn, x.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    y = block.ln_1(x)
+    if eos is None:
+        q, k, v = F.linear(y, weight, bias).chunk(3, dim=-1)
+        q_prefix = _heads(q[:S * P].unflatten(0, (S, P)), attention)
+        q_own = q[S * P:]
+    else:
+        k, v = F.linear(y, weight[d:], bias[d:]).chunk(2, dim=-1)
+        q_own = F.linear(y[eos], weight[:d], bias[:d])
+        x = x[eos]
+    k_prefix = _heads(k[:S * P].unflatten(0, (S, P)), attention)                # [S, h, P, d/h]
+    v_prefix = _heads(v[:S * P].unflatten(0, (S, P)), attention)
+    q_own, k_own, v_own = (_heads(part.unflatten(0, (C, -1)), attention)        # [C, h, t, d/h]
+                           for part in (q_own, k[S * P:], v[S * P:]))
+    groups = S
+    k_shared, v_shared = k_prefix, v_prefix
+    if set_of is not None:
+        k_shared, v_shared, groups = k_prefix[set_of], v_prefix[set_of], C
+    q_own = q_own * q_own.shape[-1] ** -0.5
+    h, t = q_own.shape[1:3]
+    q_rows = q_own.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)     # [S, h, C/S*t, d/h]
+    to_prefix = (q_rows @ k_shared.transpose(-1, -2)).unflatten(2, (-1, t)).transpose(1, 2)
+    to_own = q_own @ k_own.transpose(-1, -2) + mask                             # [C, h, t, t]
+    scores = torch.cat([to_prefix.flatten(0, 1), to_own], dim=-1).softmax(dim=-1).to(v.dtype)
+    from_prefix = (
+        scores[..., :P].unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3) @ v_shared
+    )
+    from_prefix = from_prefix.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
+    own = (from_prefix + scores[..., P:] @ v_own).transpose(1, 2).flatten(2).flatten(0, 1)
+    if eos is None:
+        prefix = _fused_attention(q_prefix, k_prefix, v_prefix, causal=True)
+        own = torch.cat([prefix.transpose(1, 2).flatten(2).flatten(0, 1).to(own.dtype), own])
+    return _mlp(block, x + attention.out_proj(own))
+
+
+def encode_text(model, tokens, prompts=None, sets=None):
+    """Text features [C, D] (float32, not normalised) of tokens [C, T], for any `clip.model.CLIP`.
+
+    prompts: None, [L, n, d] (one set for every text) or [L, S, n, d] with sets [C] saying which of
+    the S sets a text takes (sets=None: S = C, a set for each), for the first L layers. Layer 0's
+    prompts take positions 1..n before the positional embedding is added, deeper layers' overwrite
+    positions 1..n of that layer's input; after layer L they flow on.
+    Raises ValueError where prompts do not fit the encoder.
+
+    Shared prefix: before a class name stand [SOS] and the prompts, and in a causal encoder nothing
+    behind them changes them. So they are computed once per set, and each class's own tokens (name,
+    full stop, EOS) attend to the set's keys and values. In the last layer only EOS has a query.
+    """
     blocks = model.transformer.resblocks
-    if len(layers) > len(blocks) or n > tokens.shape[1] - 2:
-        raise ValueError(f"{len(layers)} layers of {n} prompts do not fit {len(blocks)} layers and {tokens.shape[1]} tokens")
-    tokens = tokens.to(model.positional_embedding.device)
-    x = model.token_embedding(tokens).type(model.dtype)                         # [C, T, d]
-    if len(layers):
-        x = _insert(x, layers[0], replace=n)
-    x = x + model.positional_embedding[:x.shape[1]].type(model.dtype)
-    for i, block in enumerate(blocks):
-        if 0 < i < len(layers):
-            x = _insert(x, layers[i], replace=n)
-        x = getattr(model, "block", _block)(block, x, causal=True)   # `--compile` puts a faster one there
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]         # EOS has the largest id
-    return model.ln_final(x).type(model.dtype) @ model.text_projection
+    device = model.positional_embedding.device
+    C, T = tokens.shape
+    layers = [] if prompts is None else prompts
+    n = prompts.shape[-2] if len(layers) else 0
+    if len(layers) > len(blocks) or n > T - 2:
+        raise ValueError(f"{len(layers)} layers of {n} prompts do not fit "
+                         f"{len(blocks)} layers and {T} tokens")
+    if len(layers) and prompts.ndim == 3:
+        layers = prompts[:, None]
+    S, P = layers.shape[1] if len(layers) else 1, 1 + n
+    if S == 1:
+        set_list = [0] * C
+    elif sets is None:
+        set_list = list(range(C))
+    else:
+        set_list = torch.as_tensor(sets).tolist()
+    if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
+        raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
+                         f"{C} texts")
+    used = Counter(set_list)
+    if len(used) < S:                       # only the sets that some text takes
+        layers, place = layers[:, sorted(used)], {s: i for i, s in enumerate(sorted(used))}
+        set_list, S = [place[s] for s in set_list], len(used)
+    order = sorted(range(C), key=set_list.__getitem__)
+    even = len(set(used.values())) == 1
+    set_of = None if even else torch.tensor([set_list[i] for i in order], device=device)
+    tokens = tokens.to(device)
+    if order != list(range(C)):
+        tokens = tokens[torch.tensor(order, device=device)]
+
+    with _precision(model):
+        position = model.positional_embedding.type(model.dtype)
+        start = model.token_embedding(tokens[:1, :1]).type(model.dtype).expand(S, 1, -1)
+        prefix = torch.cat([start, layers[0].to(start.dtype)], dim=1) if n else start
+        prefix = prefix + position[:P]                                          # [S, P, d]
+        own = model.token_embedding(tokens[:, P:]).type(model.dtype) + position[P:T]    # [C, t, d]
+        x = torch.cat([prefix.flatten(0, 1), own.flatten(0, 1)])
+        end = tokens[:, P:].argmax(dim=-1)                                     # EOS: the largest id
+        t, column = T - P, torch.arange(T - P, device=device)
+        causal = torch.full((t, t), -math.inf, device=device, dtype=x.dtype).triu(1)
+        at_end = torch.zeros(C, 1, 1, t, device=device, dtype=x.dtype)
+        at_end = at_end.masked_fill(column > end[:, None, None, None], -math.inf)
+        eos = S * P + torch.arange(C, device=device) * t + end
+        for i, block in enumerate(blocks):
+            if 0 < i < len(layers):
+                prefix = x[:S * P].unflatten(0, (S, P))[:, :1]
+                prefix = torch.cat([prefix, layers[i].to(x.dtype)], dim=1)
+                x = torch.cat([prefix.flatten(0, 1), x[S * P:]])
+            last = i + 1 == len(blocks)
+            x = _layer(model, _text_layer, block, x, S, P, C, set_of,
+                       at_end if last else causal, eos if last else None)
+        x = model.ln_final(x).type(model.dtype) @ model.text_projection
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if order != list(range(C)):
+        x = x[torch.tensor(sorted(range(C), key=order.__getitem__), device=device)]
+    return x
 
 
-@in_pieces
-@scaled
-def encode_image(model, images, prompts=None):
-    """Image features [B, D], not normalised, of images [B, 3, H, W] for any `clip.model.CLIP`.
+def _image_layer(block, x, last):
+    """One layer of the image encoder on x [B, N, d]; the last returns the class token's [B, 1,
+    d]."""
+    attention, d = block.attn, x.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    y = block.ln_1(x)
+    if last:
+        q = F.linear(y[:, :1], weight[:d], bias[:d])
+        k, v = F.linear(y, weight[d:], bias[d:]).chunk(2, dim=-1)
+        x = x[:, :1]
+    else:
+        q, k, v = F.linear(y, weight, bias).chunk(3, dim=-1)
+    mixed = _fused_attention(*(_heads(part, attention) for part in (q, k, v)))
+    return _mlp(block, x + attention.out_proj(mixed.transpose(1, 2).flatten(2)))
 
-    prompts: None, [L, n, d] (the same for every image) or [L, B, n, d], for the first L layers of a ViT. They enter a
-    layer's input right behind the class token, as they are; deeper layers' replace the previous ones; after layer L they
-    flow on. Raises UserError for prompts given to a ResNet, ValueError for more layers than there are.
+
+def encode_image(model, images, prompts=None, sets=None):
+    """Image features [B, D] (float32, not normalised) of images [B, 3, H, W], for any CLIP.
+
+    prompts: None, [L, n, d] (one set for every image) or [L, S, n, d] with sets [B] saying which of
+    the S sets an image takes (sets=None: S = B), for the first L layers of a ViT. They enter a
+    layer's input right behind the class token, as they are; deeper layers' replace the previous
+    ones; after layer L they flow on. In the last layer only the class token has a query.
+    images may also be features [B, D] that `batches(frozen=True)` has computed once: they are
+    returned. Raises UserError for prompts given to a ResNet, ValueError for prompts that do not
+    fit.
     """
+    if images.ndim == 2 and prompts is None:
+        return images
     visual = model.visual
     if not hasattr(visual, "transformer"):
         if prompts is not None:
-            raise UserError("image prompts need a ViT backbone, and this one is a ResNet: use --clip ViT-B/16 or another ViT")
-        return model.encode_image(images)
-    layers = [] if prompts is None else prompts
+            raise UserError("image prompts need a ViT backbone, and this one is a ResNet: "
+                            "use --clip ViT-B/16 or another ViT")
+        with _precision(model):
+            return visual(images.type(model.dtype)).float()
     blocks = visual.transformer.resblocks
+    layers = [] if prompts is None else prompts
     if len(layers) > len(blocks):
         raise ValueError(f"{len(layers)} layers of prompts do not fit {len(blocks)} layers")
-    x = visual.conv1(images.type(model.dtype)).flatten(2).transpose(1, 2).type(model.dtype)     # [B, patches, d]
-    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-    x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
-    for i, block in enumerate(blocks):
-        if i < len(layers):
-            x = _insert(x, layers[i], replace=layers[i].shape[-2] if i else 0)
-        x = getattr(model, "block", _block)(block, x, causal=False)
-    return visual.ln_post(x[:, 0]) @ visual.proj
+    if len(layers) and prompts.ndim == 3:
+        layers = prompts[:, None]
+    if len(layers) and sets is None and layers.shape[1] not in (1, len(images)):
+        raise ValueError(f"{layers.shape[1]} sets of prompts do not fit {len(images)} images")
+    with _precision(model):
+        x = visual.conv1(images.type(model.dtype)).flatten(2).transpose(1, 2).type(model.dtype)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))         # [B, 1 + patches, d]
+        replaced = 0
+        for i, block in enumerate(blocks):
+            if i < len(layers):
+                inserted = layers[i].to(x.dtype)                                # [S, n, d]
+                if len(inserted) == 1:
+                    inserted = inserted.expand(len(x), -1, -1)
+                elif sets is not None:
+                    inserted = inserted[sets]
+                x = torch.cat([x[:, :1], inserted, x[:, 1 + replaced:]], dim=1)
+                replaced = inserted.shape[1]
+            x = _layer(model, _image_layer, block, x, i + 1 == len(blocks))
+        x = visual.ln_post(x[:, 0]) @ visual.proj
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def logits(model, image_features, text_features):
-    """CLIP's logits [B, C]: exp(logit_scale) times the cosine of image features [B, D] and text features [C, D]."""
-    return model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    """CLIP's logits [B, C]: exp(logit_scale) times the cosine of [B, D] and [C, D]."""
+    cosine = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    return model.logit_scale.exp() * cosine
 
 
-# --------------------------------------------------------------------------------------------------------------- tasks
-
-load_file(HERE / "data" / "listings.py", "multitask_prompt_listings")       # finding, splitting, reading, batching images
-from multitask_prompt_listings import (PIXEL_MEAN, PIXEL_STD, Images, Listing, Prepared, Steps, Task, checked_tasks,  # noqa: E402, F401
-                                       collate, divided_tasks, encode_batches, epoch_batches, find_listings, hold_out, image_batches,
-                                       image_features, load_tasks, read_image, read_tile, train_transform, view_batches, view_features, warn_once,
-                                       with_validation)
-load_file(HERE / "data" / "reports.py", "multitask_prompt_reports")         # the closing table, result.json's contents
-from multitask_prompt_reports import gather, print_table  # noqa: E402
-load_file(HERE / "data" / "transfer.py", "multitask_prompt_transfer")       # what MVLPT takes from outside a run
-from multitask_prompt_transfer import check_transfer, read_source, read_transfer, write_transfer  # noqa: E402, F401
-load_file(HERE / "data" / "prompts.py", "multitask_prompt_prompts")         # MmAP's Figure 5
-from multitask_prompt_prompts import MLP, Joint  # noqa: E402, F401
-load_file(HERE / "data" / "plots.py", "multitask_prompt_plots")
-from multitask_prompt_plots import plot_run, plot_schedule, plot_tree, save_picture  # noqa: E402, F401
-for _thing in (Images, read_image, read_tile, collate, Prepared, Steps):
-    _thing.__module__ = __name__            # where a spawned worker process finds them again
-
-
-# ------------------------------------------------------------------------------------------------- batches and scoring
+# ---------------------------------------------------------------------- texts, batches and losses
 
 class Texts:
-    """The texts of a multi-task step as one batch for the text encoder; tasks that agree in prompts and names share rows.
+    """The texts of all tasks as one batch for the text encoder.
 
-    owners[t] says which of P prompt sets task t uses (default: set 0 for every task).
+    tokens [C, T], sets [C]: what `encode_text` takes; mine [N, C]: which texts are which task's
+    classes; start [N]: a task's first column, from which its labels count. Tasks that agree in
+    prompt set and class names share rows.
     """
 
-    def __init__(self, tasks, n_ctx=0, owners=None, templates=False):
-        owners = owners or [0] * len(tasks)
-        keys = [(owner, task.template if templates else "{}", tuple(task.class_names)) for owner, task in zip(owners, tasks)]
-        distinct = list(dict.fromkeys(keys))
-        self.slots = [distinct.index(key) for key in keys]                      # task -> its place among the distinct texts
-        self.sizes = [len(names) for _, _, names in distinct]
-        self.owners = torch.tensor([owner for owner, _, names in distinct for _ in names])
-        self.tokens = torch.nn.utils.rnn.pad_sequence(
-            [row for _, template, names in distinct for row in tokenize(names, n_ctx, template)], batch_first=True)
+    def __init__(self, tasks, n_ctx=0, sets=None, templates=False):
+        """sets[t]: the prompt set of task t (default 0); templates: write the tasks' templates."""
+        sets = [0] * len(tasks) if sets is None else list(sets)
+        rows, owners, found, start = [], [], {}, []
+        for task, owner in zip(tasks, sets, strict=True):
+            template = task.template if templates else "{}"
+            key = (owner, template, tuple(task.class_names))
+            if key not in found:
+                found[key] = len(rows)
+                rows += tokenize(task.class_names, n_ctx, template)
+                owners += [owner] * len(task.class_names)
+            start.append(found[key])
+        self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self.sets = torch.tensor(owners)
+        self.start = torch.tensor(start)
+        self.mine = torch.zeros(len(tasks), len(rows), dtype=torch.bool)
+        for t, task in enumerate(tasks):
+            self.mine[t, start[t]:start[t] + len(task.class_names)] = True
 
-    def encode(self, model, prompts=None):
-        """Features [C_t, D] of every task t, as a list, from prompts [L, P, n, d]."""
-        if prompts is not None:
-            prompts = prompts[:, 0] if prompts.shape[1] == 1 else prompts[:, self.owners.to(prompts.device)]
-        parts = encode_text(model, self.tokens, prompts).split(self.sizes)
-        return [parts[slot] for slot in self.slots]
+    def to(self, device):
+        """Move what a step needs to a device (`sets` stay on the CPU, where they are read)."""
+        self.tokens, self.start, self.mine = (x.to(device) for x in
+                                              (self.tokens, self.start, self.mine))
+        return self
+
+    def classifiers(self, text_features):
+        """Each task's unit-length classifier [C_t, D], from text features [C, D]."""
+        unit = F.normalize(text_features, dim=-1)
+        return [unit[mine.to(unit.device)] for mine in self.mine]
 
 
-def evaluate(model, preprocess, task, text_features, prompts=None, images=None, features=None):
-    """Per cent of the test images of `task` that are classified right by its metric.
+def task_losses(model, image_features, text_features, labels, task, texts):
+    """Every task's mean cross-entropy over its own classes, [N], MmAP's Eq. (5).
 
-    text_features: [C, D]. prompts: image prompts [L, n, d]. images: other images than task.test. features: the pair that
-    `image_features` returned, where the image encoder is frozen and has seen these images before.
+    image_features [B, D], text_features [C, D], labels [B], task [B] (an image's task number).
+    A task without images in the batch has a loss of zero, and no gradient.
     """
-    with torch.no_grad():
-        if features is None:
-            features = image_features(model, task.test if images is None else images, preprocess, prompts)
-        return per_cent_right(logits(model, features[0], text_features.float()), features[1], task.metric)
+    mine, start = texts.mine.to(task.device), texts.start.to(task.device)
+    scores = logits(model, image_features, text_features)                       # [B, C]
+    scores = scores.masked_fill(~mine[task], -math.inf)
+    losses = F.cross_entropy(scores, start[task] + labels, reduction="none")    # [B]
+    members = F.one_hot(task, len(start)).t().to(losses.dtype)                  # [N, B]
+    return members @ losses / members.sum(dim=1).clamp(min=1)
 
 
-def per_cent_right(scores, labels, metric="accuracy"):
-    """Per cent of rows of scores [B, C] whose largest is at labels [B]; "mean per class" weighs the classes equally.
+def of_present(losses, task):
+    """The tasks' losses [N], with NaN for those that have no image in the batch, for `Run.log`."""
+    present = torch.zeros_like(losses, dtype=torch.bool).index_fill(0, task, True)
+    return losses.detach().masked_fill(~present, math.nan)
 
-    Or what a function `metric(scores, labels)` makes of them.
+
+def batches(args, model, tasks, frozen=False):
+    """Yield the steps of an epoch: (images [B, 3, H, W], labels [B], task [B]).
+
+    args.batches "tasks": a batch of every task in one flat batch; an epoch ends when the largest
+    task has been seen once, smaller tasks cycle. "mixed": batches of the shuffled union of the
+    tasks, every image once. All draws are made from PyTorch's global generator before the first
+    step. args.views: fixed views per image; 0 draws fresh ones. frozen: no image prompts are
+    trained, so with fixed views each view is encoded once, and its features [B, D] are yielded.
+    """
+    lists, size = [task.train for task in tasks], model.visual.input_resolution
+    device, seed = model.logit_scale.device, args.seeds[0]
+    sizes = [len(images) for images in lists]
+    steps = datasets.plan(sizes, args.batch_size, args.batches == "mixed", args.views)
+    augment = [task.augment for task in tasks]
+
+    def rendered(lists, steps):
+        for images, labels, task in datasets.rendered(lists, steps, size, seed, args.min_crop,
+                                                      augment, args.workers):
+            yield datasets.normalise(images.to(device)), labels.to(device), task.to(device)
+
+    if not (frozen and args.views):
+        yield from rendered(lists, steps)
+        return
+    kept = []
+    for t, images in enumerate(lists):
+        key = (id(model), t, seed, size, args.views, args.min_crop, augment[t])
+        if getattr(images, "view_features", (None,))[0] != key:
+            every = [(t, i, view) for i in range(len(images)) for view in range(args.views)]
+            chunks = [every[k:k + 100] for k in range(0, len(every), 100)]
+            with torch.no_grad():
+                x = [encode_image(model, chunk) for chunk, _, _ in rendered(lists, chunks)]
+            images.view_features = key, torch.cat(x).unflatten(0, (-1, args.views))
+        kept.append(images.view_features[1])                                    # [n, views, D]
+    labels = [torch.tensor(images.labels, device=device) for images in lists]
+    for step in steps:
+        yield (torch.stack([kept[t][i, view] for t, i, view in step]),
+               torch.stack([labels[t][i] for t, i, _ in step]),
+               torch.tensor([t for t, _, _ in step], device=device))
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+ROOM = 4 * 2**30                # bytes of decoded test images that a process keeps
+_kept = {}                      # (image, size) -> its pixels
+_plain = {}                     # (image, backbone) -> CLIP's own image features
+
+
+def _keys(images, mark):
+    """A dictionary key for each image: its path, its place in a sheet, or the object itself."""
+    return [(images.read, id(item) if isinstance(item, np.ndarray) else item, mark)
+            for item in images.items]
+
+
+def _pixels(images, size, workers):
+    """Yield (positions, images uint8 [B, 3, size, size]) of all images; each is decoded once."""
+    keys = _keys(images, size)
+    ready = [i for i, key in enumerate(keys) if key in _kept]
+    missing = [i for i, key in enumerate(keys) if key not in _kept]
+    for k in range(0, len(ready), 100):
+        chunk = ready[k:k + 100]
+        yield chunk, torch.stack([_kept[keys[i]][0] for i in chunk])
+    position = 0
+    for batch, _ in datasets.in_order(images.subset(missing), size, workers):
+        chunk = missing[position:position + len(batch)]
+        position += len(chunk)
+        for i, picture in zip(chunk, batch):
+            if len(_kept) * 3 * size * size < ROOM:
+                _kept[keys[i]] = picture.clone(), images.items[i]               # the item lives on
+        yield chunk, batch
+
+
+@torch.no_grad()
+def image_features(model, images, prompts=None, workers=None):
+    """(CLIP's own features [n, D], features under `prompts` [L, n_ctx, d] [n, D], labels [n]).
+
+    The second are the first where prompts is None. An image is read and decoded once per process,
+    and CLIP's own features are computed once, whatever is scored on it.
+    """
+    device, size = model.logit_scale.device, model.visual.input_resolution
+    keys = _keys(images, id(model))
+    prompted = [None] * len(keys)
+    if prompts is not None or any(key not in _plain for key in keys):
+        for chunk, batch in progress(_pixels(images, size, workers), "score"):
+            x = datasets.normalise(batch.to(device))
+            todo = [j for j, i in enumerate(chunk) if keys[i] not in _plain]
+            if todo:
+                for j, feature in zip(todo, encode_image(model, x[todo])):
+                    _plain[keys[chunk[j]]] = feature, images.items[chunk[j]], model
+            if prompts is not None:
+                for i, feature in zip(chunk, encode_image(model, x, prompts)):
+                    prompted[i] = feature
+    plain = torch.stack([_plain[key][0] for key in keys])
+    labels = torch.tensor(images.labels, device=device)
+    return plain, plain if prompts is None else torch.stack(prompted), labels
+
+
+@torch.no_grad()
+def evaluate(args, model, tasks, classifiers, image_prompts=None, select=None):
+    """Zero-shot CLIP's and a method's score on the test images of every task, in %.
+
+    classifiers: [C_t, D] per task, multiplied with unit-length image features. image_prompts:
+    [L, S, n, d], S = 1 or N. select(x, t): what a method makes of a task's image features [n, D].
+    Returns dict(zero_shot=[N numbers], accuracy=[N numbers]).
+    """
+    scores, scale = dict(zero_shot=[], accuracy=[]), model.logit_scale.exp()
+    for t, (task, own, w) in enumerate(
+        zip(tasks, zero_shot_classifiers(model, tasks), classifiers)
+    ):
+        prompts = None if image_prompts is None else image_prompts[:, t % image_prompts.shape[1]]
+        plain, x, labels = image_features(model, task.test, prompts, args.workers)
+        if select is not None:
+            x = select(x, t)
+        scores["zero_shot"].append(
+            score(task.metric, scale * F.normalize(plain, dim=-1) @ own.t(), labels))
+        scores["accuracy"].append(
+            score(task.metric, scale * F.normalize(x, dim=-1) @ w.t(), labels))
+    return scores
+
+
+@torch.no_grad()
+def zero_shot_classifiers(model, tasks):
+    """Zero-shot CLIP's unit-length classifier [C_t, D] of every task, from its own template."""
+    texts = Texts(tasks, templates=True)
+    return texts.classifiers(encode_text(model, texts.tokens))
+
+
+def score(metric, scores, labels):
+    """A task's metric, in %, from scores [n, C] and labels [n].
+
+    "accuracy", "mean per class" (the classes weigh equally), or a function of both.
     """
     if callable(metric):
         return metric(scores, labels)
@@ -288,50 +562,25 @@ def per_cent_right(scores, labels, metric="accuracy"):
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
 
 
-def prompted_losses(model, texts, text_prompts, image_prompts, batches):
-    """Every task's mean cross-entropy [N] under text prompts [L, P, n, d_l] and image prompts [L, P, n, d_v], MmAP's Eq. (5).
+# -------------------------------------------------------- optimizers, and gradients that disagree
 
-    texts: a `Texts`; batches: (images [b, 3, H, W], labels [b]) a task. All texts go through their encoder as one batch, and all
-    images through theirs.
-    """
-    with autocast(model):
-        text_features, image_features = texts.encode(model, text_prompts), encode_batches(model, batches, image_prompts)
-    return task_losses(model, image_features, text_features, batches)
-
-
-def task_losses(model, image_features, text_features, batches):
-    """Every task's mean cross-entropy [N], MmAP's Eq. (5), from image features [b, D], text features [C, D] and a batch a task."""
-    return torch.stack([F.cross_entropy(logits(model, x.float(), w.float()), labels)
-                        for x, w, (_, labels) in zip(image_features, text_features, batches)])
+def sgd(args, prompts, momentum, weight_decay):
+    """SGD and its schedule: a cosine that steps once an epoch, or with --schedule constant none."""
+    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=momentum,
+                                weight_decay=weight_decay)
+    if getattr(args, "schedule", "cosine") == "constant":
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
 
-def score_tasks(model, preprocess, tasks, text_features, prompts):
-    """Zero-shot CLIP's accuracy and the method's on every task, in per cent.
-
-    text_features: [C, D] a task, or None for zero-shot CLIP's. prompts: image prompts [L, P, n, d], P = 1 or one a task.
-    """
-    plain, own = zero_shot(model, tasks), [prompts[:, i % prompts.shape[1]] for i in range(len(tasks))]
-    return dict(zero_shot=[evaluate(model, preprocess, task, w) for task, w in zip(tasks, plain)],
-                accuracy=[evaluate(model, preprocess, task, w, p) for task, w, p in zip(tasks, text_features or plain, own)])
-
-
-@torch.no_grad()
-def zero_shot(model, tasks):
-    """Zero-shot text features [C, D] of every task, from its own template."""
-    return Texts(tasks, templates=True).encode(model)
-
-
-# ----------------------------------------------------------------------------------- gradients of tasks that disagree
 # Each takes the tasks' gradients [N, P] and returns the direction [P] to descend along.
 
-def pcgrad(grads):
-    """PCGrad (Yu et al., NeurIPS 2020): the sum of the gradients, each projected off those that it conflicts with.
-
-    "Conflicts": has a negative dot product with; the others come in random order, from PyTorch's global generator.
-    """
+def pcgrad(grads, generator=None):
+    """PCGrad (Yu et al., NeurIPS 2020): the sum of the gradients, each projected off those that it
+    conflicts with (a negative dot product), in a random order from `generator`."""
     projected = grads.clone()
     for i in range(len(grads)):
-        for j in torch.randperm(len(grads)).tolist():
+        for j in torch.randperm(len(grads), generator=generator).tolist():
             dot = projected[i] @ grads[j]
             if i != j and dot < 0:
                 projected[i] -= dot / (grads[j] @ grads[j]) * grads[j]
@@ -339,10 +588,11 @@ def pcgrad(grads):
 
 
 def imtl(grads):
-    """IMTL-G (Liu et al., ICLR 2021): sum_i a_i g_i, with sum_i a_i = 1, that has equal projections onto all gradients.
+    """IMTL-G (Liu et al., ICLR 2021): sum_i a_i g_i, with sum_i a_i = 1, that has equal projections
+    onto all gradients.
 
-    With u_i = g_i / |g_i|, D = [g_1 - g_i] and U = [u_1 - u_i], i = 2..N: a_2..N = g_1 U^T (D U^T)^-1. Where the gradients are
-    too much alike to solve that (a singular D U^T), the least squares solution serves.
+    With u_i = g_i / |g_i|, D = [g_1 - g_i] and U = [u_1 - u_i], i = 2..N:
+    a_2..N = g_1 U^T (D U^T)^-1. A singular D U^T is solved by least squares.
     """
     g = grads.double()
     units = g / g.norm(dim=1, keepdim=True).clamp(min=1e-300)
@@ -352,391 +602,526 @@ def imtl(grads):
 
 
 def cagrad(grads, c=0.5, steps=300):
-    """CAGrad (Liu et al., NeurIPS 2021): the d within c |g_0| of the mean gradient g_0 whose worst dot product with a task's
-    gradient is largest.
+    """CAGrad (Liu et al., NeurIPS 2021): the d within c |g_0| of the mean gradient g_0 whose worst
+    dot product with a task's gradient is largest.
 
-    Its dual: w on the simplex minimises g_w . g_0 + c |g_0| |g_w|, where g_w = sum_i w_i g_i; then d = g_0 + c |g_0| g_w / |g_w|.
-    c = 0.5 (choice: its experiments have 0.4 to 0.9). The dual is solved by exponentiated gradient descent on the Gram matrix.
+    Its dual: w on the simplex minimises g_w . g_0 + c |g_0| |g_w| with g_w = sum_i w_i g_i; then
+    d = g_0 + c |g_0| g_w / |g_w|. c = 0.5 (choice: its experiments have 0.4 to 0.9). Solved by
+    exponentiated gradient descent on the Gram matrix.
     """
     gram = (grads @ grads.t()).double()
     scale = gram.diagonal().mean().clamp(min=1e-300)
     gram, w = gram / scale, gram.new_full((len(grads),), 1 / len(grads))
-    to_mean, radius = gram.mean(1), c * gram.mean().clamp(min=0).sqrt()         # g_i . g_0 and c |g_0|
-    length = lambda w: (w @ gram @ w).clamp(min=1e-20).sqrt()
-    value, rate = lambda w: w @ to_mean + radius * length(w), 1.0
+    to_mean, radius = gram.mean(1), c * gram.mean().clamp(min=0).sqrt()     # g_i . g_0 and c |g_0|
+
+    def length(w):
+        return (w @ gram @ w).clamp(min=1e-20).sqrt()
+
+    def value(w):
+        return w @ to_mean + radius * length(w)
+
+    rate = 1.0
     for _ in range(steps):
         slope = to_mean + radius * gram @ w / length(w)
         tried = torch.softmax(w.clamp(min=1e-30).log() - rate * slope, dim=0)
-        w, rate = (tried, 1.5 * rate) if value(tried) < value(w) else (w, rate / 2)
+        if value(tried) < value(w):
+            w, rate = tried, 1.5 * rate
+        else:
+            rate = rate / 2
     return grads.mean(0) + (radius / length(w)).to(grads.dtype) * (w.to(grads.dtype) @ grads)
 
 
-# ---------------------------------------------------------------------------------------------- command line and runs
+# --------------------------------------------------------------------------------------- settings
 
-BUILT_IN = dict(emoji=0.1, fxemoji=0.25)        # the data that come along, and how much of each class is trained on
+@dataclass
+class Args:
+    """The settings that all methods share; a method file adds its own and sets the paper's
+    values."""
+
+    # benchmark (data/README.md), folder domain/class/*.jpg, name=path; or several
+    data: str = "emoji"
+    split: float | None = None  # fraction of each class to train on
+    shots: int | None = None  # images of each class to train on (6 for the built-in data)
+    seeds: tuple[int, ...] = (1,)  # one training per seed, reported as mean ± std
+    # backbone: a name of the clip package, "tiny" (built-in data), or a file
+    clip: str = "ViT-B/16"
+    root: str = "data"  # folder that holds the datasets
+    download: bool = False  # first fetch --data into --root, where torchvision can
+    device: str | None = None  # cpu, cuda, cuda:1, ... (default: CUDA where there is one)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
+    workers: int | None = None  # processes that read images; 0 works everywhere
+    epochs: int = 5  # epochs of training
+    lr: float = 0.0035  # learning rate
+    batch_size: int = 16  # images per task in a step; of all tasks with --batches mixed
+    batches: Literal["tasks", "mixed"] = "tasks"  # a batch of every task, or of the shuffled union
+    n_ctx: int = 16  # prompt length b
+    views: int = 0  # fixed augmented views per image; 0 draws fresh ones every epoch
+    min_crop: float = 0.08  # smallest part of an image's area that a view shows (Dassl's 0.08)
+    out: str | None = None  # folder of this run (default: one of its own under runs/)
+    resume: bool = False  # go on with the run in --out, with the settings saved there
+    eval: str | None = None  # score this prompts.pt instead of training; writes nothing
+    validate: bool = False  # hold out 20% of the training images and score on them
+    checkpoint: bool = False  # recompute layers in the backward pass: less memory, more time
+    plot: bool = False  # also draw figures into the run folder
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+def parse(Args, doc, argv=None, tiny=None, of_data=None):
+    """The settings of a run from the command line, with everything refused that cannot be.
 
-
-def arguments(method, doc, paper, tiny, batch="images of a task in a step"):
-    """The command line that all method files share; a file adds its own flags before `parse`.
-
-    paper, tiny: the file's settings at full size, and what the built-in backbone has of its own; batch: what its size counts.
+    Args: a method's settings, with the paper's values as defaults; tiny: the built-in backbone's
+    own, of_data: those that a paper gives a dataset; --resume and --eval inherit saved settings.
+    Raises UserError, and SystemExit(2) where tyro refuses a flag.
     """
-    says = lambda key: f"(default {paper[key]}" + (f"; tiny {tiny[key]})" if key in tiny else ")")
-    parser = _Parser(prog=f"{method}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--data", metavar="NAME|DIR", help="emoji, fxemoji, officehome, pacs, minidomainnet, domainnet, cifar100, coop10, coop11, one of "
-        "CoOp's datasets (data/README.md), a folder domain/class/*.jpg, or name=path for a folder class/*.jpg that makes one task; "
-        "several joined by commas (default emoji)")
-    add("--split", type=float, help="fraction of each class to train on (default 0.1 for emoji)")
-    add("--shots", type=int, help="images of each class to train on, instead of --split")
-    add("--seeds", type=int, nargs="+", help="one training a seed, reported as mean ± std (default 1)")
-    add("--clip", metavar="NAME|FILE", help=f"backbone (default {paper['clip']}; tiny for emoji)")
-    add("--root", metavar="DIR", help="where the datasets are (default data)")
-    add("--download", action="store_true", help="first fetch --data into --root, where torchvision can (cifar100, dtd, ...)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default CUDA where there is one)")
-    add("--epochs", type=int, help=says("epochs"))
-    add("--lr", type=float, help="learning rate " + says("lr"))
-    add("--batch-size", type=int, help=f"{batch} " + says("batch_size"))
-    add("--n-ctx", type=int, help="prompt length b " + says("n_ctx"))
-    add("--views", type=int, help="fixed augmented views an image; 0 draws fresh ones every epoch " + says("views"))
-    add("--min-crop", type=float, help="smallest part of an image's area that a view shows " + says("min_crop"))
-    add("--out", metavar="DIR", help="folder of this run (default one of its own under runs/)")
-    add("--resume", action="store_true", help="go on with the run in --out, with the settings saved there")
-    add("--eval", metavar="CKPT", help="score a saved prompts.pt instead of training; writes nothing")
-    add("--predict", metavar="IMAGE", nargs="+", help="with --eval: print the likeliest classes of these images, and no table")
-    add("--task", metavar="NAME", help="with --predict: the task that the images are of, where there are several")
-    add("--validate", action="store_true", help="hold out 20%% of the training images and score on them, to choose settings")
-    add("--amp", action="store_true", help="compute in bfloat16 on a CPU too; a CUDA card always computes in a half precision")
-    add("--compile", action="store_true", help="compile CLIP's layers with torch.compile")
-    add("--max-mem", type=float, metavar="GB", help="memory for a step: texts and images that need more go through CLIP in pieces (default "
-        "nine tenths of a card's free memory; no limit on a CPU); JSCPT's upper step keeps its pieces")
-    add("--plot", action="store_true", help="also draw PNGs into the run folder")
-    parser.set_defaults(method=method, paper=paper, tiny=tiny, finished=None)
-    return parser
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = (re.fullmatch(r"--(?:no-)?([a-z][a-z_-]*)(=.*)?", word) for word in argv)
+    given = {match[1].replace("-", "_") for match in flags if match}
 
+    def read(default):
+        return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=argv, default=default,
+                        description=doc, prog=f"{Args.method}.py")
 
-def parse(parser, argv=None):
-    """Parse, take over the settings of a run that is resumed or scored, fill in defaults, refuse what cannot be."""
-    args = parser.parse_args(argv)
-    paper, tiny = vars(args).pop("paper"), vars(args).pop("tiny")
-    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    args = _absolute(read(Args()))
     if args.resume and args.eval:
-        raise UserError("--resume goes on with a training and --eval scores a finished one: give one of them")
-    if (args.predict or args.task) and not (args.eval and args.predict):
-        raise UserError("--task belongs to --predict IMAGE..., and --predict to --eval CKPT, a run's prompts.pt: give them together")
+        raise UserError("--resume continues a training and --eval scores a finished one: "
+                        "give one of them")
+    saved, owner = {}, ""
     if args.resume:
         if args.out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        _take_over(args, given, _run_settings(args), f"the run in {args.out}", Run.FREE)
-        if (Path(args.out) / "result.json").exists():
-            args.finished = _read_json(Path(args.out) / "result.json")
-            return args
+        owner, free = f"the run in {args.out}", Run.FREE
+        saved = saved_settings(args)
     elif args.eval:
-        saved = load_prompts(args.eval, args.method)["settings"]
-        saved = {key: value for key, value in saved.items() if key not in ("out", "plot", "device", "validate", "compile", "max_mem")}
-        _take_over(args, given, saved, args.eval, Run.FREE | {"data", "split", "shots", "seeds"})
-        if "split" in given or "shots" in given:
-            args.split, args.shots = given.get("split"), given.get("shots")
-    fill = lambda key, value: setattr(args, key, value) if getattr(args, key) is None else None
-    fill("data", "emoji")
-    fill("clip", "tiny" if args.data in BUILT_IN else paper["clip"])
-    check_clip(args.clip)
-    for key, value in {**paper, **(tiny if args.clip == "tiny" else {})}.items():
-        fill(key, value)
-    if args.split is None and args.shots is None:
-        if args.data not in BUILT_IN:
-            if not args.download:
-                find_listings(args.data, args.root or "data")                   # tells of a misspelt name first
-            raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, such as --shots 4")
-        args.split = BUILT_IN[args.data]
-    fill("seeds", [1]), fill("root", "data"), fill("device", "cuda" if torch.cuda.is_available() else "cpu")
-    for key, least in dict(epochs=1, batch_size=1, n_ctx=1, views=0).items():
-        if getattr(args, key) < least:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is too small: give {least} or more")
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr {args.lr} is no learning rate: give a number above 0")
-    if not 0 < args.min_crop <= 1:
-        raise UserError(f"--min-crop {args.min_crop} is no part of an image: give a number above 0 and up to 1")
-    if args.max_mem is not None and not 0 < args.max_mem < math.inf:
-        raise UserError(f"--max-mem {args.max_mem} is no amount of memory: give gigabytes, above 0")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, each once")
-    try:
-        torch.zeros(1, device=args.device).item()
-        if torch.device(args.device).type == "cuda":
-            torch.cuda.set_device(torch.zeros(1, device=args.device).device)    # what torch asks about "the card" is about this one
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} is not there ({_brief(error)}): use --device cpu") from error
+        owner, free = args.eval, Run.FREE | {"data", "split", "shots", "seeds", "validate"}
+        saved = load_prompts(args.eval, Args.method)["settings"]
+        saved = {key: value for key, value in saved.items() if key not in ("out", "plot")}
+    else:
+        own = dict((of_data or {}).get(args.data, {}))
+        if (
+            args.clip == "tiny"
+            or args.data.split(":")[0] in datasets.BUILT_IN
+            and "clip" not in given
+        ):
+            own.update(tiny or {}, clip="tiny")
+        args = _absolute(read(replace(Args(), **own)))
+    if saved:
+        known = {field.name for field in fields(Args)}
+        saved = {key: value for key, value in saved.items() if key in known}
+        if args.eval and {"split", "shots"} & given:
+            saved.update(split=None, shots=None)
+        on = {key for key in given & saved.keys() if getattr(Args, key, None) is False}
+        defaults = dict(saved, **dict.fromkeys(on, False))      # so that tyro knows the flag
+        merged = _absolute(read(replace(Args(), **defaults)))
+        for key in sorted(given & saved.keys()):
+            now, then = getattr(merged, key), saved[key]
+            if key not in free and now != then:
+                raise UserError(
+                    f"{owner} was started {said(key, then)}, not {said(key, now)}: leave "
+                    "the flag out, or start another run in another --out"
+                )
+        args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
+    _validate(args)
     return args
 
 
+def _absolute(args):
+    """Paths with ~ expanded, and absolute, so that a saved run can be used from anywhere."""
+    paths = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in ("root", "out", "eval", *getattr(args, "PATHS", ())) and value:
+            paths[field.name] = str(datasets.expand(value))
+    if args.clip not in clip.available_models() and datasets.expand(args.clip).is_file():
+        paths["clip"] = str(datasets.expand(args.clip))
+    return replace(args, data=datasets.absolute(args.data), **paths)
+
+
+def _validate(args):
+    """Fill in what depends on the machine and the data; raise UserError for values out of range."""
+    check_clip(args.clip)
+    if args.split is None and args.shots is None:
+        args.shots = datasets.BUILT_IN.get(args.data.split(":")[0])
+        if args.shots is None:
+            if not args.download:
+                datasets.find_listings(args.data, args.root)    # tells of a misspelt name first
+            raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, "
+                            "such as --shots 4")
+    for key, least in dict(epochs=1, batch_size=1, n_ctx=1, views=0, workers=0).items():
+        value = getattr(args, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key.replace('_', '-')} {value} is too small: give {least} or more")
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr} is no learning rate: give a number above 0")
+    if not 0 < args.min_crop <= 1:
+        raise UserError(f"--min-crop {args.min_crop} is no part of an image: give a number above 0 "
+                        "and up to 1")
+    args.seeds = tuple(args.seeds)
+    if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, "
+                        "each once")
+    args.device = checked_device(args.device)
+
+
+def checked_device(device):
+    """The device to use: `device`, or by default CUDA where there is one; UserError without it."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(torch.zeros(1, device=device).device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} is not there ({datasets.brief(error)}): "
+                        "use --device cpu") from error
+    return device
+
+
 def said(key, value):
-    """A setting as words: "with --n-ctx 4", "without --shots"."""
-    flag, words = f"--{key.replace('_', '-')}", " ".join(map(str, value)) if isinstance(value, list) else value
-    return f"without {flag}" if value is None or value is False else f"with {flag}" if value is True else f"with {flag} {words}"
+    """A setting in words: "with --n-ctx 4", "without --shots", "with --no-specific"."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is True:
+        return f"with {flag}"
+    if value is None or value is False:
+        return f"without {flag}"
+    words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return f"with {flag} {words}"
 
 
-def _take_over(args, given, saved, owner, free):
-    """Set args to the saved settings of `owner`; a word on the command line wins where it is free, and else must agree."""
-    for key, value in saved.items():
-        if key not in given:
-            setattr(args, key, value)
-        elif given[key] != value and key not in free:
-            raise UserError(f"{owner} was started {said(key, value)}, not {said(key, given[key])}: leave the word out, or start "
-                            "another run in another --out")
+def variant_of(args, tiny=None):
+    """The method's own settings that are not the paper's, in words, or None."""
+    shared, usual = {field.name for field in fields(Args)}, type(args)()
+    if args.clip == "tiny":
+        usual = replace(usual, **(tiny or {}))
+    words = []
+    for field in fields(args):
+        value, default = getattr(args, field.name), getattr(usual, field.name)
+        if field.name not in shared and value != default:
+            off = default is True and value is False
+            words.append(f"with --no-{field.name.replace('_', '-')}" if off
+                         else said(field.name, value))
+    return ", ".join(words) or None
 
 
-def _run_settings(args):
-    path = Path(args.out) / "settings.json"
-    saved = _read_json(path)
-    if not isinstance(saved, dict) or not {"method", "data", "seeds"} <= saved.keys():
-        raise UserError(f"{path} does not hold the settings of a run: start one in another --out")
-    if saved["method"] != args.method:
-        raise UserError(f"the run in {args.out} is one of {saved['method']}: use {saved['method']}.py --resume --out {args.out}")
+# -------------------------------------------------------------------------------- the run folder
+
+def seed_everything(*names):
+    """Seed Python, NumPy and PyTorch from names such as (seed, phase, epoch).
+
+    Every epoch starts here, so a checkpoint needs no random state. On a GPU the backward pass of
+    fused attention stays free in its last bits.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    number = zlib.crc32("/".join(map(str, names)).encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def write_whole(path, content):
+    """Write text or bytes under a temporary name and rename it: the file is there whole or not."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another "
+                        "--out") from error
+
+
+def save_whole(path, content):
+    """`torch.save`, as `write_whole`."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_saved(path, what, kinds, remedy):
+    """A dict from `torch.save`, read without running any code in it.
+
+    kinds: {key: type} that it has to hold. Raises UserError where the file is not what it should
+    be.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # truncated, foreign and malicious files fail in many ways
+        raise UserError(f"{path} is not {what} of this project ({_unreadable(error)}): "
+                        f"{remedy}") from error
+    if not isinstance(saved, dict) or not all(
+            isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} is not {what} of this project (it holds something else): {remedy}")
     return saved
 
 
-def _read_json(path):
+def load_prompts(path, method):
+    """What a run saved as prompts.pt: method, settings, tasks, templates, trained_on and
+    prompts."""
+    kinds = dict(
+        method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
+    )
+    saved = load_saved(
+        path, "a prompts.pt", kinds, f"give the prompts.pt that a run of {method} wrote"
+    )
+    if saved["method"] != method:
+        raise UserError(f"{path} holds prompts of {saved['method']}, not of {method}: "
+                        f"use {saved['method']}.py --eval {path}")
+    return saved
+
+
+def saved_settings(args):
+    """The settings.json of the run in args.out."""
+    path = Path(args.out) / "settings.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not {"method", "data", "seeds"} <= saved.keys():
+        raise UserError(f"{path} does not hold the settings of a run: start one in another --out")
+    if saved["method"] != args.method:
+        raise UserError(f"the run in {args.out} is one of {saved['method']}: "
+                        f"use {saved['method']}.py --resume --out {args.out}")
+    return dict(saved, seeds=tuple(saved["seeds"]))
+
+
+def read_json(path):
+    """A JSON file of a run folder; UserError where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no run to resume in {path.parent} (no {path.name}): leave out --resume to start one") from None
+        raise UserError(f"there is no run to resume in {path.parent} (no {path.name}): leave out "
+                        "--resume to start one") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_brief(error)}): start the run again in another --out") from error
+        raise UserError(f"{path} cannot be read ({datasets.brief(error)}): start the run again in "
+                        "another --out") from error
 
 
-def script(main):
-    """Run a method file's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and 130."""
-    name = Path(sys.argv[0]).name
-    go_on = lambda: f"go on with --resume --out {Run.latest}" if Run.latest else "start again"
-    try:
-        main()
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:                # a path that the system refuses: too long a name, no permission
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            print(f"{name}: the disk is full ({error.strerror}): free it, then {go_on()}", file=sys.stderr)
-            sys.exit(2)
-        if error.filename is None:
-            raise
-        print(f"{name}: {error.filename} cannot be used ({error.strerror}): give another path or mend it", file=sys.stderr)
-        sys.exit(2)
-    except torch.cuda.OutOfMemoryError:
-        print(f"{name}: the card's memory is full: {go_on()} with a smaller --max-mem, or start anew with a smaller --batch-size",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; {go_on()}" if Run.latest else f"{name}: stopped", file=sys.stderr)
-        sys.exit(130)
+def fingerprints(images):
+    """A hash (int64) per image: of the end of its path and its size, its place, or its pixels."""
+    found = []
+    for item in images.items:
+        if isinstance(item, np.ndarray):
+            text = item.tobytes()
+        elif isinstance(item, (str, Path)):
+            text = "/".join(Path(item).parts[-3:]).encode("utf-8", "surrogateescape")
+            text += str(os.path.getsize(item)).encode()
+        else:
+            text = repr(
+                (Path(item[0]).name, *item[1:]) if isinstance(item, tuple) else item
+            ).encode()
+        found.append(int.from_bytes(hashlib.sha1(text).digest()[:8], "big", signed=True))
+    return torch.tensor(found, dtype=torch.long)
 
 
-load_file(HERE / "data" / "saving.py", "multitask_prompt_saving")           # files whole or not at all, and none that runs code
-from multitask_prompt_saving import load_prompts, load_saved, write_whole  # noqa: E402, F401
+def contents(tasks):
+    """What a resumed run has to find again: each task's classes and a hash of its image lists."""
+    found = {}
+    for task in tasks:
+        lists = [fingerprints(images).tolist() for images in (task.train, task.test)]
+        found[task.name] = [*task.class_names, hashlib.sha1(repr(lists).encode()).hexdigest()]
+    return found
 
 
 class Run:
-    """The folder of one run: settings.json, log.csv, checkpoint.pt, prompts.pt, result.json and plots.
+    """The folder of one run: settings.json, log.csv, prompts.pt, result.json, figures, checkpoints.
 
-    Making a Run only checks; `open` writes first. The checkpoint of every epoch holds all that is needed to go on, the
-    scores of finished seeds included.
+    checkpoint.pt holds the scores of finished seeds, checkpoint-PHASE.pt a phase of the present
+    seed. Making a Run only checks; `open` is the first to write.
     """
-    latest = None
-    FREE = {"out", "plot", "device", "root", "download", "compile", "max_mem"}   # settings that a resumed run may change
 
-    def __init__(self, args):
-        self.settings = {key: value for key, value in vars(args).items() if key not in ("resume", "eval", "predict", "task")}
-        self.folder, self.resumed = Path(args.out) if args.out else self._free_folder(self.settings), args.resume
-        self.state = dict(method=args.method, settings=self.settings, finished={}, rows=[], current=None)
-        self.prompts = {}
+    latest = None
+    # what a resumed run may change
+    FREE = {"out", "plot", "device", "root", "download", "workers", "checkpoint", "resume", "eval"}
+    FILES = ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt")
+
+    def __init__(self, args, settings):
+        self.settings, self.resumed = settings, args.resume
+        self.folder = Path(args.out) if args.out else self._free_folder()
+        self.state = dict(method=args.method, data={}, finished={}, rows=[])
+        self.prompts, self.trained_on, self.phases, self.unit = {}, {}, {}, ""
         if args.resume:
-            remedy = "start the run again in another --out"
-            if (self.folder / "checkpoint.pt").exists():
-                path = self.folder / "checkpoint.pt"
-                self.state = load_saved(path, "a checkpoint", self.state, remedy)
-                if any(self.state["settings"].get(k, v) != v for k, v in self.settings.items() if k not in self.FREE):
-                    raise UserError(f"{path} is of a run with other settings: {remedy}")
-            if (self.folder / "prompts.pt").exists():
-                self.prompts = load_saved(self.folder / "prompts.pt", "a prompts.pt", ["prompts"], remedy)["prompts"]
+            self._read()
             return
-        for name in ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt"):
+        for name in self.FILES:
             if (self.folder / name).exists():
-                raise UserError(f"--out {self.folder} holds another run ({name}): choose another folder, or --resume to go on with it")
+                raise UserError(f"--out {self.folder} holds another run ({name}): choose another "
+                                "folder, or --resume to go on with it")
         nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"--out {self.folder} cannot be written, because {nearest} is a file or read-only: choose another folder")
+            raise UserError(
+                f"--out {self.folder} cannot be written, because {nearest} is a file or "
+                "read-only: choose another folder"
+            )
 
-    @staticmethod
-    def _free_folder(settings):
-        data = Path(settings["data"]).name.replace("=", "-").replace(",", "-")
-        base = f"{settings['method']}-{data}-{settings['shots'] or settings['split']}"
-        return next(p for p in (Path("runs") / f"{base}-{i}" for i in range(1, 10**6)) if not p.exists())
+    def _read(self):
+        remedy = "start the run again in another --out"
+        if (self.folder / "checkpoint.pt").exists():
+            kinds = dict(method=str, data=dict, finished=dict, rows=list)
+            self.state = load_saved(self.folder / "checkpoint.pt", "a checkpoint", kinds, remedy)
+        if (self.folder / "prompts.pt").exists():
+            saved = load_saved(self.folder / "prompts.pt", "a prompts.pt",
+                               dict(prompts=dict, trained_on=dict), remedy)
+            self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
-    def open(self, data):
-        """Make the folder and note the settings: from here on there is a run to resume, on the same `data` (class names, counts)."""
-        if self.state.setdefault("data", data) != data:
-            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now (tasks, classes or numbers of images): "
-                            "start the run again in another --out")
+    def _free_folder(self):
+        data = re.sub(r"[^\w.-]+", "-", "-".join(map(lambda name: Path(name).name,
+                                                     self.settings["data"].split(","))))[:60]
+        size = self.settings["shots"] or self.settings["split"]
+        base = f"{self.settings['method']}-{data}-{size}"
+        return next(path for path in (Path("runs", f"{base}-{i}").absolute()
+                                      for i in range(1, 10**6)) if not path.exists())
+
+    def open(self, found):
+        """Make the folder and note the settings; `found` are the tasks' `contents`, by seed."""
+        if self.state["data"] and self.state["data"] != found:
+            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now "
+                            "(tasks, classes or images): start the run again in another --out")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            if not self.resumed and not self.settings["out"]:
-                while True:                                                     # a run started at the same moment may be faster
-                    try:
-                        self.folder.mkdir()
-                        break
-                    except FileExistsError:
-                        self.folder = self._free_folder(self.settings)
+            while not self.resumed and self.settings["out"] is None:
+                try:
+                    self.folder.mkdir()
+                    break
+                except FileExistsError:     # a run that was started at the same moment was faster
+                    self.folder = self._free_folder()
             self.folder.mkdir(exist_ok=True)
-            for part in self.folder.glob("*.part") if self.resumed else []:     # of a process that was killed while it wrote
-                part.unlink(missing_ok=True)
-            write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1), new=not self.resumed)
-        except FileExistsError:
-            raise UserError(f"--out {self.folder} holds another run, which has just begun: choose another folder") from None
         except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be made ({error.strerror}): choose another folder") from error
+            raise UserError(
+                f"--out {self.folder} cannot be made ({error.strerror}): choose another folder"
+            ) from error
+        if self.resumed:
+            for part in self.folder.glob("*.part"):     # of a process killed while it wrote
+                part.unlink(missing_ok=True)
+        elif (self.folder / "settings.json").exists():
+            raise UserError(f"--out {self.folder} holds another run, which has just begun: "
+                            "choose another folder")
+        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        self.state["data"] = found
         Run.latest = self.folder
 
-    def restore(self, seed, **parts):
-        """Load the last checkpoint of this seed into `parts` (things with load_state_dict); returns the epoch to go on with."""
-        self.clock, self.seconds, current = time.time(), 0.0, self.state["current"]
-        if not current or current["seed"] != seed:
-            return 0
+    def start_seed(self, seed):
+        """Begin (or go on with) the training of a seed; returns False where it has finished."""
+        self.seed, self.phases = seed, {}
+        return seed not in self.state["finished"]
+
+    def seed_phase(self, phase):
+        """Seed what a phase draws before its first epoch, such as the start of its prompts."""
+        seed_everything(self.seed, self.unit, phase, "start")
+
+    def epochs(self, phase, n, **parts):
+        """Yield the numbers of the epochs of a phase that are left, 0 .. n - 1.
+
+        Restores `parts` (things with state_dict and load_state_dict) where a checkpoint of this
+        phase exists, seeds every epoch from (seed, phase, epoch), and after each saves `parts` and
+        a row of the means of what `log` was given. A finished phase yields nothing.
+        Raises UserError where a loss or a parameter is no longer finite.
+        """
+        phase = f"{self.unit}: {phase}" if self.unit else phase
+        mark = f"{re.sub('[^A-Za-z0-9]+', '-', phase)[:60]}-{zlib.crc32(phase.encode()):08x}"
+        path = self.folder / f"checkpoint-{mark}.pt"
+        saved = self.phases[phase] = self._restore(path, phase, parts)
+        bar = progress(range(saved["epoch"], n), phase)
+        for epoch in bar:
+            seed_everything(self.seed, phase, epoch)
+            self.values, start = {}, time.time()
+            yield epoch
+            row = self._row(phase, epoch)
+            self._check_finite(phase, epoch, row, parts)
+            saved["rows"].append(row)
+            saved.update(epoch=epoch + 1, seconds=saved["seconds"] + time.time() - start)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_whole(path, dict(saved, seed=self.seed, phase=phase, parts=states))
+            self._write_log()
+
+    def _restore(self, path, phase, parts):
+        fresh = dict(epoch=0, seconds=0.0, rows=[])
+        if not self.resumed or not path.exists():
+            return fresh
+        remedy = "start the run again in another --out"
+        kinds = dict(seed=int, phase=str, epoch=int, seconds=float, rows=list, parts=dict)
+        saved = load_saved(path, "a checkpoint", kinds, remedy)
+        if saved["seed"] != self.seed or saved["phase"] != phase:
+            return fresh
         try:
             for name, part in parts.items():
-                part.load_state_dict(current["parts"][name])
+                part.load_state_dict(saved["parts"][name])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now ({_brief(error)}): start the run "
-                            "again in another --out") from error
-        self.seconds = current["seconds"]
-        return current["epoch"]
+            raise UserError(f"{path} does not fit the data as it is now "
+                            f"({datasets.brief(error)}): {remedy}") from error
+        return {key: saved[key] for key in fresh}
 
-    def checkpoint(self, seed, epoch, row, **parts):
-        """Save `parts` after `epoch` epochs, and a row for log.csv."""
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the training diverged in epoch {epoch} (loss {row['loss']}): use a smaller --lr in another --out")
-        now = time.time()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        self.state["rows"].append(dict(seed=seed, epoch=epoch, **row))
-        parts = {name: part.state_dict() for name, part in parts.items()}
-        self.state["current"] = dict(seed=seed, epoch=epoch, seconds=self.seconds, parts=parts)
-        self._save("checkpoint.pt", self.state)
-        self._write_log()
+    def log(self, **values):
+        """Note values of a step (numbers or tensors); log.csv gets their means over an epoch."""
+        for name, value in values.items():
+            value = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
+            self.values.setdefault(name, []).append(value)
+
+    def _row(self, phase, epoch):
+        row = dict(seed=self.seed, phase=phase, epoch=epoch + 1)
+        for name, values in self.values.items():
+            values = torch.stack(values).double().cpu()
+            if values.ndim == 1:
+                row[name] = values.mean().item()
+            else:
+                mean = values.nanmean(dim=0)                    # NaN: a task without images
+                row[name] = json.dumps(mean.round(decimals=5).tolist())
+        return row
+
+    def _check_finite(self, phase, epoch, row, parts):
+        where = f"in epoch {epoch + 1} of phase '{phase}'"
+        remedy = "use a smaller --lr in another --out"
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise UserError(f"the training diverged {where} (loss {row['loss']}): {remedy}")
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                if not all(p.isfinite().all() for p in part.parameters()):
+                    raise UserError(f"the training diverged {where} (a parameter is no longer "
+                                    f"finite): {remedy}")
+
+    def rows(self):
+        """The rows of log.csv."""
+        return self.state["rows"] + [row for saved in self.phases.values() for row in saved["rows"]]
 
     def _write_log(self):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(k for r in self.state["rows"] for k in r)), lineterminator="\n")
+        text, rows = io.StringIO(), self.rows()
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.state["rows"])
+        writer.writerows(rows)
         write_whole(self.folder / "log.csv", text.getvalue())
 
-    def save_prompts(self, seed, module, tasks):
-        """Keep trained prompts before anything else can fail."""
-        self.prompts[seed] = {k: v.detach().cpu() for k, v in module.state_dict().items()}
-        self._save("prompts.pt", dict(method=self.settings["method"], settings=self.settings, prompts=self.prompts,
-                                      tasks={task.name: list(task.class_names) for task in tasks},
-                                      templates={task.name: task.template for task in tasks}))
+    def save_prompts(self, states, tasks):
+        """Keep a seed's trained prompts, a state dict, before anything else can fail."""
+        self.prompts[self.seed] = states
+        lists = [
+            images for task in tasks for images in (task.train, task.val) if images is not None
+        ]
+        self.trained_on[self.seed] = torch.cat(list(map(fingerprints, lists)))
+        save_whole(self.folder / "prompts.pt", dict(
+            method=self.settings["method"], settings=self.settings, prompts=self.prompts,
+            trained_on=self.trained_on,
+            tasks={task.name: list(task.class_names) for task in tasks},
+            templates={task.name: task.template for task in tasks}))
 
-    def finish_seed(self, seed, scores):
-        """Keep a seed's scores: zero_shot and accuracy (a number a task), trainable_parameters, and the method's own."""
-        self.state["finished"][seed] = dict(scores, seconds=self.seconds)
-        self.state["current"] = None
-        self._save("checkpoint.pt", self.state)
-
-    def _save(self, name, content):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_whole(self.folder / name, buffer.getvalue())
+    def finish_seed(self, scores):
+        """Keep a seed's scores and log, and remove the checkpoints of its phases."""
+        seconds = sum(saved["seconds"] for saved in self.phases.values())
+        self.state["finished"][self.seed] = dict(scores, seconds=seconds)
+        self.state["rows"], self.phases = self.rows(), {}
+        save_whole(self.folder / "checkpoint.pt", self.state)
+        for path in self.folder.glob("checkpoint-*.pt"):
+            path.unlink(missing_ok=True)
 
     def finish(self, tasks, model, plot=None):
-        """Write result.json, print the closing table, draw the plots."""
+        """Write result.json, draw the figures, print the closing table."""
         result = gather(self.settings, tasks, model, self.state["finished"])
         self._write_log()
         write_whole(self.folder / "result.json", json.dumps(result, indent=1))
         if self.settings["plot"]:
-            plot_run(self.folder, result, self.state["rows"], plot)
+            plot_run(self.folder, result, self.rows(), plot)
         print_table(result)
         print(f"\nresult, log and prompts are in {self.folder}")
-
-
-def run_seeds(args, build, train, score, n_text, image_prompts=False, shared=False, check=None, plot=None):
-    """The frame of every method file: refuse early, then train, keep and score the prompts of each seed, and report.
-
-    build(args, model, tasks) -> prompts, untrained; train(args, model, tasks, run, seed) -> prompts;
-    score(args, model, preprocess, tasks, prompts) -> dict of zero_shot and accuracy, a number a task. n_text: how many
-    vectors stand before the class name in the text; image_prompts: whether the backbone has to be a ViT; shared: whether the
-    prompts serve whatever tasks there are, or each task has its own (then `--eval` needs the same tasks in the same order);
-    check(args, tasks): refuses what a method cannot do, and may return a dict of what else a resumed run has to find as it
-    was; plot(folder, result): draws its own pictures.
-    """
-    if args.finished:
-        print_table(args.finished)
-        if args.plot:
-            with (Path(args.out) / "log.csv").open() as file:
-                rows = [dict(seed=int(row["seed"]), epoch=int(row["epoch"]), loss=float(row["loss"])) for row in csv.DictReader(file)]
-            plot_run(Path(args.out), args.finished, rows, plot)
-        return print(f"\nthe run in {args.out} had finished")
-    del args.finished
-    resnet = UserError(f"{args.method} puts prompts into the image encoder, and {args.clip} has a ResNet there: use a ViT, such as "
-                       "--clip ViT-B/16")
-    if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
-        raise resnet
-    saved = load_prompts(args.eval, args.method) if args.eval else dict(prompts={})
-    for seed in args.seeds if args.eval else []:
-        if seed not in saved["prompts"]:
-            raise UserError(f"{args.eval} has prompts of the seeds {', '.join(map(str, saved['prompts']))}, not of {seed}")
-
-    def restore(prompts, seed):
-        try:
-            prompts.load_state_dict(saved["prompts"][seed])
-        except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"the prompts in {args.eval} do not fit {args.data} ({_brief(error)}): give the --data they were "
-                            "trained on") from error
-
-    if args.predict:
-        predictions = load_file(HERE / "data" / "predictions.py", "multitask_prompt_predictions")
-        return predictions.predict(args, saved, build, restore, score)
-    run = None if args.eval else Run(args)
-    if args.download:
-        find_listings(args.data, args.root, download=True)
-    tasks = checked_tasks(args, args.data, n_text)
-    if args.eval and not shared and list(saved["tasks"]) != [task.name for task in tasks[args.seeds[0]]]:
-        raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data {args.data}, or in another order: give the "
-                        "--data they were trained on")
-    found = {f"{seed} {task.name}": [*task.class_names, len(task.train), len(task.test)] for seed in args.seeds for task in tasks[seed]}
-    found.update(check(args, tasks[args.seeds[0]]) or {} if check else {})
-    model, preprocess = load_clip(args.clip, args.device)
-    if image_prompts and not hasattr(model.visual, "transformer"):
-        raise resnet
-    set_up(model, args, _block)
-    if run:
-        run.settings["max_mem"] = model.max_mem                                 # other pieces would have other last bits
-    build(args, model, tasks[args.seeds[0]])                                    # refuses settings that do not fit
-
-    def scored(seed, prompts, **extra):
-        trainable = sum(p.numel() for p in prompts.parameters() if p.requires_grad)
-        return dict(score(args, model, preprocess, tasks[seed], prompts), trainable_parameters=trainable, **extra)
-
-    if args.eval:
-        finished = {}
-        for seed in args.seeds:
-            prompts = build(args, model, tasks[seed])
-            restore(prompts, seed)
-            finished[seed] = scored(seed, prompts, seconds=0.0)
-        return print_table(gather(vars(args), tasks[args.seeds[0]], model, finished))
-    run.open(found)
-    for seed in args.seeds:
-        if seed not in run.state["finished"]:
-            prompts = train(args, model, tasks[seed], run, seed)
-            run.save_prompts(seed, prompts, tasks[seed])
-            run.finish_seed(seed, scored(seed, prompts))
-    run.finish(tasks[args.seeds[0]], model, plot)
 
 
 def progress(iterable, text):
@@ -744,20 +1129,861 @@ def progress(iterable, text):
     return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)
 
 
+# ------------------------------------------------------------------- the frame of a method's `main`
+
+def run_seeds(args, build, train, score, n_text=0, image_prompts=False, own=False, check=None,
+              prepare=None, plot=None, tiny=None):
+    """Refuse early, then train, keep and score the prompts of each seed, and report.
+
+    build(args, model, tasks) -> untrained prompts; train(args, model, tasks, run) -> trained ones;
+    score(args, model, tasks, prompts) -> dict of zero_shot and accuracy, a number per task, and the
+    method's own results. n_text: vectors before the class name; image_prompts: needs a ViT; own:
+    prompts belong to these very tasks, so that `--eval` needs the same ones; check(args, tasks)
+    refuses what a method cannot do; prepare(args, tasks, seed) -> tasks divides them further;
+    plot(folder, result, rows) draws its figures.
+
+    With args.single_task each task is trained alone, one after another.
+    """
+    single = getattr(args, "single_task", False)
+    settings = dict(asdict(args), method=args.method, variant=variant_of(args, tiny))
+    if args.resume and (Path(args.out) / "result.json").exists():
+        finished_again(args, plot)
+        return
+    saved = _checked_prompts(args) if args.eval else None
+    run = None if args.eval else Run(args, settings)
+    if args.download:
+        datasets.find_listings(args.data, args.root, download=True)
+    tasks = checked_tasks(args, args.data, n_text)
+    if prepare:
+        tasks = {seed: prepare(args, tasks[seed], seed) for seed in args.seeds}
+    first = tasks[args.seeds[0]]
+    if args.eval:
+        _check_fit(args, saved, tasks, own or single)
+    if check:
+        check(args, first)
+    model = load_backbone(args, image_prompts)
+
+    def units(seed):
+        return [[task] for task in tasks[seed]] if single else [tasks[seed]]
+
+    build(args, model, units(args.seeds[0])[0])     # refuses settings that do not fit
+    if run:
+        run.open({seed: contents(tasks[seed]) for seed in args.seeds})
+    finished = {}
+    for seed in args.seeds:
+        if run and not run.start_seed(seed):
+            continue
+        one = replace(args, seeds=(seed,))
+        trained = []
+        for unit in units(seed):
+            if run:
+                run.unit = unit[0].name if single else ""
+                run.seed_phase("prompts")
+                trained.append(train(one, model, unit, run))
+            else:
+                states = saved["prompts"][seed]
+                trained.append(restored(one, build(one, model, unit),
+                                        states[unit[0].name] if single else states))
+        if run:
+            states = [{k: v.detach().cpu() for k, v in prompts.state_dict().items()}
+                      for prompts in trained]
+            names = [unit[0].name for unit in units(seed)]
+            run.save_prompts(dict(zip(names, states)) if single else states[0], tasks[seed])
+        scores = merged([score(one, model, unit, prompts)
+                         for unit, prompts in zip(units(seed), trained)])
+        scores["trainable_parameters"] = sum(
+            p.numel() for prompts in trained for p in prompts.parameters() if p.requires_grad)
+        if run:
+            run.finish_seed(scores)
+        finished[seed] = dict(scores, seconds=0.0)
+    if run:
+        run.finish(first, model, plot)
+    else:
+        print_table(gather(settings, first, model, finished))
+
+
+def finished_again(args, plot):
+    """Print the closing table of a run that had finished, and draw its figures with --plot."""
+    result = read_json(Path(args.out) / "result.json")
+    print_table(result)
+    if args.plot:
+        plot_run(Path(args.out), result, read_log(Path(args.out)), plot)
+    print(f"\nthe run in {args.out} had finished")
+
+
+def read_log(folder):
+    """The rows of a run's log.csv."""
+    with (Path(folder) / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.update(seed=int(row["seed"]), epoch=int(row["epoch"]))
+        if row.get("loss"):
+            row["loss"] = float(row["loss"])
+    return rows
+
+
+def merged(scores):
+    """The scores of several units, their lists joined."""
+    whole = dict(scores[0])
+    for other in scores[1:]:
+        for key, value in other.items():
+            whole[key] = whole[key] + value
+    return whole
+
+
+def restored(args, prompts, states):
+    """prompts with saved states; UserError where they do not fit."""
+    try:
+        prompts.load_state_dict(states)
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the prompts in {args.eval} do not fit {args.data} "
+            f"({datasets.brief(error)}): give the --data they were trained on"
+        ) from error
+    return prompts
+
+
+def load_backbone(args, image_prompts=False):
+    """CLIP as the settings ask for it; UserError where image prompts would meet a ResNet."""
+    resnet = UserError(f"{args.method} puts prompts into the image encoder, and {args.clip} has a "
+                       "ResNet there: use a ViT, such as --clip ViT-B/16")
+    if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
+        raise resnet
+    model, _ = load_clip(args.clip, args.device)
+    if image_prompts and not hasattr(model.visual, "transformer"):
+        raise resnet
+    model.precision, model.checkpoint = args.precision, args.checkpoint
+    return model
+
+
+def divided_tasks(args, data, seed):
+    """The tasks of `data`; under `--validate` held-out training images are the test images."""
+    tasks = load_tasks(data, args.split, args.shots, seed, args.root)
+    for task in tasks if args.validate else []:
+        task.train, task.test = hold_out(task.train, seed)
+    return tasks
+
+
+def checked_tasks(args, data, n_text):
+    """{seed: tasks}, with all refused that a training would stumble over later.
+
+    Training images are decoded, and kept in memory while there is room (2 GB).
+    """
+    tasks = {seed: divided_tasks(args, data, seed) for seed in args.seeds}
+    for task in tasks[args.seeds[0]]:
+        try:
+            tokenize(task.class_names, n_text)
+        except UserError as error:
+            if n_text <= args.n_ctx:
+                raise
+            raise UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
+        tokenize(task.class_names, template=task.template)
+    for seed in args.seeds:
+        room = 2 * 2**30 // len(args.seeds)
+        for task in tasks[seed]:
+            if not len(task.test):
+                raise UserError(f"--validate finds no image of {task.name} to hold out: a class "
+                                "keeps its last one, so train on more")
+            for i in progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
+                room = task.train.keep(i, room)         # raises where it cannot be decoded
+    return tasks
+
+
+def _checked_prompts(args):
+    """The saved prompts of args.eval, with every seed of args.seeds."""
+    saved = load_prompts(args.eval, args.method)
+    for seed in args.seeds:
+        if seed not in saved["prompts"]:
+            known = ", ".join(map(str, saved["prompts"]))
+            raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
+    return saved
+
+
+def _check_fit(args, saved, tasks, own):
+    """Refuse to score prompts on other tasks than theirs, and on images that they were trained
+    on."""
+    for seed in args.seeds:
+        if own and list(saved["tasks"]) != [task.name for task in tasks[seed]]:
+            raise UserError(
+                f"the prompts in {args.eval} are of other tasks than those of --data "
+                f"{args.data}, or in another order: give the --data they were trained on"
+            )
+        seen = set(saved["trained_on"][seed].tolist())
+        for task in tasks[seed]:
+            both = len(seen.intersection(fingerprints(task.test).tolist()))
+            if both:
+                raise UserError(
+                    f"the prompts in {args.eval} (seed {seed}) were trained on {both} of "
+                    f"{task.name}'s {len(task.test)} test images: give the --split or "
+                    "--shots and the seed that they were trained with"
+                )
+
+
+def script(main):
+    """Run a `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and
+    130."""
+    name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")        # names that the terminal cannot show
+
+    def go_on():
+        return f"go on with --resume --out {Run.latest}" if Run.latest else "start again"
+
+    def stop(line, code=2):
+        print(f"{name}: {line}", file=sys.stderr)
+        sys.exit(code)
+
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        stop(error)
+    except BrokenPipeError:                 # `... | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            stop(f"the disk is full ({error.strerror}): free it, then {go_on()}")
+        if error.filename is None:
+            raise
+        stop(f"{error.filename} cannot be used ({error.strerror}): give another path or mend it")
+    except torch.cuda.OutOfMemoryError:
+        stop(f"the GPU's memory is full: {go_on()} with --checkpoint, or start again with a "
+             "smaller --batch-size")
+    except KeyboardInterrupt:
+        stop(f"stopped; {go_on()}" if Run.latest else "stopped", 130)
+
+
+# ------------------------------------------------------------------- results, tables and figures
+
+MATRICES = ["similarity", "affinity", "transfer"]       # a row is a source task, a column a target
+SETTINGS = "method variant data split shots clip epochs lr batch_size batches n_ctx".split()
+
+
+def gather(settings, tasks, model, finished):
+    """What result.json holds, from each seed's scores; a method's own key is a list over seeds."""
+    names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
+    shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
+    result = {key: settings.get(key) for key in (*SETTINGS, "seeds", "validate")}
+    result.update(
+        seeds=list(settings["seeds"]),
+        tasks=names,
+        zero_shot={
+            n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)
+        },
+        accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
+        average=[statistics.mean(d["accuracy"]) for d in done],
+        trainable_parameters=done[0]["trainable_parameters"],
+        clip_parameters=sum(p.numel() for p in model.parameters()),
+        seconds=[d["seconds"] for d in done],
+    )
+    for key in done[0]:
+        if key not in shared:
+            result[key] = [d[key] for d in done]
+    return result
+
+
+def mean_std(values):
+    """`85.2 ± 0.4` from % over seeds (sample standard deviation), or `85.2` from one."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def paper_columns(result):
+    """The columns of the papers' tables whose method, data and settings are those of a result."""
+    if result["validate"]:
+        return []
+    columns = json.loads((HERE / "data" / "paper_results.json").read_text("utf-8"))["columns"]
+    return [column for column in columns
+            if all(column.get(key, "tasks" if key == "batches" else None) == result.get(key)
+                   for key in SETTINGS)]
+
+
+def one_decimal(printed):
+    """`75.84 ± 0.50` as `75.8 ± 0.5`: HiPro and MVLPT print two decimals."""
+    def rounded(number):
+        return str(Decimal(number[0]).quantize(Decimal("0.1"), ROUND_HALF_UP))
+    return re.sub(r"\d+\.\d+", rounded, printed)
+
+
+def plain(name):
+    """A name in small letters and digits: "CIFAR-100" and "CIFAR100" are one task."""
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def aligned(rows):
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def print_table(result):
+    """The closing table: a row per task and the average; zero-shot CLIP, the method, the papers."""
+    head, papers = ["", "zero-shot", result["method"]], paper_columns(result)
+    zero_shot = dict(result["zero_shot"], average=statistics.mean(result["zero_shot"].values()))
+    accuracy = dict(result["accuracy"], average=result["average"])
+    rows = [[name, f"{zero_shot[name]:.1f}", mean_std(accuracy[name])] for name in accuracy]
+    for paper in papers:
+        head.append(f"{paper['paper']}, {paper['table']}")
+        printed = {plain(name): one_decimal(number) for name, number in paper["results"].items()}
+        for row in rows:
+            row.append(printed.get(plain(row[0]), ""))
+    print("\n" + aligned([head, *rows]))
+    for paper in papers:
+        if "note" in paper:
+            print(f"\n{paper['paper']}, {paper['table']}: {paper['note']}")
+    share = 100 * result["trainable_parameters"] / result["clip_parameters"]
+    print(f"\n{result['trainable_parameters']:,} trainable parameters ({share:.2f}% of CLIP's); "
+          f"accuracy in %, seeds {' '.join(map(str, result['seeds']))}; trained in "
+          f"{statistics.mean(result['seconds']):.0f} s per seed")
+    for key in [key for key in MATRICES if key in result]:
+        for seed, matrix in zip(result["seeds"], result[key]):
+            print(f"\n{key}, seed {seed} (rows are sources, columns targets in the same order)")
+            print(aligned([[name, *(f"{x:.3g}" for x in row)]
+                           for name, row in zip(result["tasks"], matrix)]))
+
+
+def pyplot():
+    """matplotlib.pyplot, imported where a figure is wanted."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path, **how):
+    """A matplotlib figure as a PNG file, written whole, and closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, **how)
+    write_whole(path, buffer.getvalue())
+    pyplot().close(figure)
+
+
+def plot_run(folder, result, rows, plot=None):
+    """accuracy.png (by task), loss.png (by epoch), a figure per matrix, and the method's own."""
+    plt, names, width = pyplot(), result["tasks"], 0.4
+    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(names), 4))
+    values = [result["accuracy"][name] for name in names]
+    spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in values]
+    axes.bar([i - width / 2 for i in range(len(names))], [result["zero_shot"][n] for n in names],
+             width, label="zero-shot CLIP")
+    axes.bar([i + width / 2 for i in range(len(names))], [statistics.mean(x) for x in values],
+             width, yerr=spreads, label=result["method"])
+    axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.set_ylabel("accuracy (%)")
+    axes.legend()
+    save_figure(figure, folder / "accuracy.png", bbox_inches="tight")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    curves = {}
+    for row in rows:
+        if row.get("loss") not in (None, ""):
+            curves.setdefault((row["seed"], row["phase"]), []).append((row["epoch"], row["loss"]))
+    for (seed, phase), points in curves.items():
+        axes.plot(*zip(*points), label=f"seed {seed}, {phase}" if len(curves) < 12 else None)
+    axes.set(xlabel="epoch", ylabel="training loss")
+    if 0 < len(curves) < 12:
+        axes.legend()
+    save_figure(figure, folder / "loss.png", bbox_inches="tight")
+    for key in [key for key in MATRICES if key in result]:
+        for seed, matrix in zip(result["seeds"], result[key]):
+            plot_matrix(folder / f"{key}-{seed}.png", matrix, names, f"{key}, seed {seed}")
+    if plot:
+        plot(folder, result, rows)
+
+
+def plot_matrix(path, matrix, names, title):
+    """A matrix over tasks with its numbers: rows are sources, columns targets."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
+    figure.colorbar(axes.imshow(matrix))
+    for i, j in np.ndindex(len(names), len(names)):
+        axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7, color="white",
+                  backgroundcolor="#00000060")
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    save_figure(figure, path, bbox_inches="tight")
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+@dataclass
+class CheckArgs:
+    """Is a benchmark complete, and can its images be read?"""
+
+    data: str  # as for training: a benchmark, a folder, name=path, or several
+    root: str = "data"  # folder that holds the datasets
+    quick: bool = False  # do not decode the images
+    workers: int = 0  # processes that read images
+
+
+def check(argv):
+    """`python common.py check`: print what a benchmark holds and what is wrong; exit code 1
+    then."""
+    from data.check import report
+    args = _command("check", CheckArgs, argv)
+    lines, problems, images = report(args.data, args.root, args.quick, args.workers)
+    print("\n".join(lines) + "\n")
+    for line in problems[:10]:
+        print(f"problem: {line}")
+    if len(problems) > 10:
+        print(f"... and {len(problems) - 10:,} more")
+    state = f"{len(problems):,} problem{'s' * (len(problems) > 1)}" if problems else "all is well"
+    undecoded = ", none of them decoded" if args.quick else ""
+    tasks = len(lines) - 1
+    print(f"{tasks} task{'s' * (tasks > 1)}, {images:,} images{undecoded}: {state}")
+    if problems:
+        sys.exit(1)
+
+
+@dataclass
+class BaselineArgs:
+    """What `zero-shot` and `probe` share with the method files."""
+
+    data: str = "emoji"  # as in the method files
+    split: float | None = None  # fraction of each class to train on; the rest is the test set
+    shots: int | None = None  # images of each class to train on (6 for the built-in data)
+    seeds: tuple[int, ...] = (1,)  # a split per seed, reported as mean ± std
+    clip: str | None = None  # backbone (default: ViT-B/16; tiny for the built-in data)
+    root: str = "data"  # folder that holds the datasets
+    download: bool = False  # first fetch --data into --root, where torchvision can
+    device: str | None = None  # cpu, cuda, ... (default: CUDA where there is one)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
+    workers: int | None = None  # processes that read images; 0 works everywhere
+    out: str | None = None  # write result.json into this new folder, for `python common.py table`
+
+
+@dataclass
+class ZeroShotArgs(BaselineArgs):
+    """Zero-shot CLIP; the seeds draw the test images alone."""
+
+    templates: Literal["single", "ensemble"] = "single"  # a task's own, or data/templates.txt's
+
+
+def _command(name, Args, argv):
+    """The settings of a command, by tyro."""
+    return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=list(argv), prog=f"common.py {name}",
+                    description=Args.__doc__)
+
+
+def _baseline(name, Args, argv):
+    """(settings, tasks of every seed, CLIP) of a baseline, with everything refused that cannot
+    be."""
+    given = _command(name, Args, argv)
+    built_in = given.data.split(":")[0] in datasets.BUILT_IN
+    given.clip = given.clip or ("tiny" if built_in else "ViT-B/16")
+    given.root, given.data = str(datasets.expand(given.root)), datasets.absolute(given.data)
+    check_clip(given.clip)
+    if given.split is None and given.shots is None:
+        given.shots = datasets.BUILT_IN.get(given.data.split(":")[0])
+    shared = {field.name for field in fields(BaselineArgs)} - {"out"}
+    _validate(Args_of(given, shared))
+    if given.out and (Path(given.out) / "result.json").exists():
+        raise UserError(f"--out {given.out} holds another result: choose another folder")
+    if given.download:
+        datasets.find_listings(given.data, given.root, download=True)
+    given.device = checked_device(given.device)
+    tasks = {seed: load_tasks(given.data, given.split, given.shots, seed, given.root)
+             for seed in given.seeds}
+    model, _ = load_clip(given.clip, given.device)
+    model.precision = given.precision
+    return given, tasks, model
+
+
+def Args_of(given, names):
+    """The settings of a command as those of a method, to be checked alike."""
+    return Args(**{name: getattr(given, name) for name in names})
+
+
+def _report(args, method, variant, tasks, model, finished):
+    """Print the closing table of a baseline, and keep its result in --out."""
+    settings = dict(asdict(args), method=method, variant=variant, validate=False, batches=None)
+    result = gather(settings, tasks[args.seeds[0]], model, finished)
+    if args.out:
+        out = datasets.expand(args.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
+                            "folder") from error
+        write_whole(out / "result.json", json.dumps(result, indent=1))
+    print_table(result)
+
+
+def zero_shot(argv):
+    """`python common.py zero-shot`: CLIP as it is, with one template or an ensemble of them."""
+    args, tasks, model = _baseline("zero-shot", ZeroShotArgs, argv)
+    finished = {}
+    for seed in args.seeds:
+        classifiers = zero_shot_classifiers(model, tasks[seed])
+        if args.templates == "ensemble":
+            classifiers = [ensemble(model, task.class_names, templates_of(task, args.data))
+                           for task in tasks[seed]]
+        scores = evaluate(args, model, tasks[seed], classifiers)
+        finished[seed] = dict(scores, trainable_parameters=0, seconds=0.0)
+    variant = "with --templates ensemble" if args.templates == "ensemble" else None
+    _report(args, "zero_shot", variant, tasks, model, finished)
+
+
+def templates_of(task, data):
+    """The templates of a task's ensemble (data/templates.txt): by its name, else the benchmark's,
+    else the general ones."""
+    known, names = {}, []
+    for line in (HERE / "data" / "templates.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            names = [plain(name) for name in line.strip("[] ").split(",")]
+        elif line.strip() and not line.startswith("#"):
+            for name in names:
+                known.setdefault(name, []).append(line.strip())
+    return known.get(plain(task.name)) or known.get(plain(data)) or known["other"]
+
+
+@torch.no_grad()
+def ensemble(model, class_names, templates):
+    """The classifier [C, D] of several templates: the mean of the unit-length text features, at
+    unit
+    length again (Radford et al., ICML 2021, Sec. 3.1.4)."""
+    total = 0
+    for template in templates:                                  # with their own full stops
+        try:
+            tokens = clip.tokenize([template.format(name) for name in class_names])
+        except RuntimeError as error:
+            raise UserError(f"{datasets.brief(error)}: give the class a shorter name") from error
+        tokens = tokens[:, :int(tokens.argmax(dim=-1).max()) + 1]
+        total = total + F.normalize(encode_text(model, tokens), dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+def probe(argv):
+    """`python common.py probe`: logistic regression on frozen image features, one per task.
+
+    As in CLIP's README, by scikit-learn. Its strength C is chosen on the dataset's validation part
+    or
+    on 20% of the training images, held out, by the smallest cross-entropy; never on test images.
+    """
+    from sklearn.linear_model import LogisticRegression
+    args, tasks, model = _baseline("probe", BaselineArgs, argv)
+    finished = {}
+
+    def fit(x, y, C):
+        return LogisticRegression(C=C, max_iter=1000).fit(x, y)
+
+    def unit(images):
+        x, _, labels = image_features(model, images, workers=args.workers)
+        return F.normalize(x, dim=-1).cpu().numpy(), labels.cpu().numpy()
+
+    for seed in args.seeds:
+        found, start, size = [], time.time(), 0
+        for task in tasks[seed]:
+            (part,) = datasets.with_held_out([task], seed)
+            C = 1.0
+            if len(part.val):
+                (x, y), (x_val, y_val) = unit(part.train), unit(part.val)
+                C = min((10.0 ** k for k in range(-2, 6)),
+                        key=lambda C: cross_entropy(fit(x, y, C), x_val, y_val))
+            regression = fit(*unit(task.train), C)
+            found.append(regression)
+            size += regression.coef_.size + regression.intercept_.size
+        scores = evaluate(args, model, tasks[seed], zero_shot_classifiers(model, tasks[seed]))
+        scores["accuracy"] = [
+            score(task.metric, torch.tensor(class_scores(regression, unit(task.test)[0],
+                                                         len(task.class_names))),
+                  torch.tensor(task.test.labels))
+            for task, regression in zip(tasks[seed], found)]
+        finished[seed] = dict(scores, trainable_parameters=size, seconds=time.time() - start,
+                              C=[regression.C for regression in found])
+        told = ", ".join(f"{task.name} {r.C:g}" for task, r in zip(tasks[seed], found))
+        print(f"seed {seed}: C {told}", flush=True)
+    _report(args, "probe", None, tasks, model, finished)
+
+
+def class_scores(regression, x, n_classes):
+    """Log-probabilities [n, C]; a class that the regression has not seen cannot be the answer."""
+    found = np.full((len(x), n_classes), -np.inf)
+    found[:, regression.classes_] = regression.predict_log_proba(x)
+    return found
+
+
+def cross_entropy(regression, x, labels):
+    """The mean cross-entropy of a regression on held-out features."""
+    scores = class_scores(regression, x, int(max(labels.max(), regression.classes_.max())) + 1)
+    return -np.maximum(scores[np.arange(len(labels)), labels], -50).mean()
+
+
+@dataclass
+class TableArgs:
+    """Gather finished runs into tables: methods as columns, tasks as rows, mean ± sample standard
+    deviation over seeds; a table for each data, split and backbone."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)  # run folders, or folders of some
+    out: str | None = None  # also write table.md and table.csv there
+    plot: bool = False  # also draw accuracy against parameters and against shots into --out
+
+
+OWN = [key for key in SETTINGS if key not in ("data", "split", "shots", "clip")]
+
+
+def table(argv):
+    """`python common.py table runs/`: finished runs side by side, as the papers' tables are."""
+    args = _command("table", TableArgs, argv)
+    if args.plot and not args.out:
+        raise UserError("--plot needs --out DIR, the folder that the figures go to")
+    runs = read_runs(args.folders)
+    tables = {title: layout(part) for title, part in runs.groupby("title")}
+    for title, cells in tables.items():
+        rows = [
+            ["", *cells.columns],
+            *([name, *row] for name, row in zip(cells.index, cells.values)),
+        ]
+        print(f"\n{title}\n{aligned(rows)}")
+    if args.out:
+        out = datasets.expand(args.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
+                            "folder") from error
+        write_whole(out / "table.md", "\n".join(
+            f"**{title}**\n\n{as_markdown(cells)}\n" for title, cells in tables.items()))
+        write_whole(out / "table.csv", runs.drop(columns=["folder", "key"]).to_csv(index=False))
+        names = ["table.md", "table.csv"]
+        if args.plot:
+            names += plot_parameters(out, runs) + plot_shots(out, runs)
+        print(f"\n{', '.join(names)} are in {out}")
+
+
+def read_runs(folders):
+    """A data frame with a row per finished run, seed and task (and "average"), oldest run first.
+
+    Runs that differ in their seeds alone have one `key`; of two runs of one seed the later counts.
+    Runs of --validate are left out, as they scored other images. UserError for an unreadable
+    result.
+    """
+    import pandas
+    needed = {*SETTINGS, "validate", "seeds", "tasks", "zero_shot", "accuracy", "average"}
+    rows, validated, paths = [], 0, set()
+    for folder in map(datasets.expand, folders):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: give the folder of a run, or one that "
+                            "holds some")
+        paths |= {path.resolve() for path in folder.rglob("result.json")}
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime, str(path))):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            fits = needed <= result.keys() and set(result["accuracy"]) == set(result["tasks"])
+            fits = fits and all(len(x) == len(result["seeds"]) for x in result["accuracy"].values())
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path} does not hold the result of a run of this version of the "
+                            "project: take it away, or give other folders")
+        if result["validate"]:
+            validated += 1
+            continue
+        size = "all" if result["shots"] is None else f"{result['shots']} shots"
+        if result["split"] is not None:
+            size = f"split {result['split']}"
+        title = f"{result['data']}, {size}, {result['clip']}"
+        shared = {key: result[key] for key in SETTINGS}
+        zero_shot = dict(result["zero_shot"], average=statistics.mean(result["zero_shot"].values()))
+        for task, values in dict(result["accuracy"], average=result["average"]).items():
+            for seed, value in zip(result["seeds"], values):
+                rows.append(dict(shared, title=title, folder=str(path.parent), seed=seed, task=task,
+                                 zero_shot=zero_shot[task], accuracy=value,
+                                 parameters=result["trainable_parameters"],
+                                 key=json.dumps([result[key] for key in OWN])))
+    if validated:
+        print(f"left out: {validated} run{'s' * (validated > 1)} of --validate, scored on held-out "
+              "training images", file=sys.stderr)
+    if not rows:
+        raise UserError(f"no finished run on test images in {', '.join(map(str, folders))}: a run "
+                        "writes its result.json at its end")
+    runs = pandas.DataFrame(rows)
+    same = ["title", "key", "seed", "task"]
+    for folder in runs[runs.duplicated(same, keep="last")].folder.unique():
+        print(f"{folder} has a seed that a later run has, too: the later one counts",
+              file=sys.stderr)
+    return label(runs.drop_duplicates(same, keep="last"))
+
+
+def label(runs):
+    """The runs with a `label`: the method and its variant, and the settings in which twins
+    differ."""
+    runs = runs.assign(
+        label=runs.method + [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
+    )
+    for name, twins in runs.groupby("label"):
+        differ = [key for key in OWN[2:] if twins[key].astype(str).nunique() > 1]
+        for key in differ:
+            words = twins[key].map(lambda value, key=key: said(key, value).removeprefix("with "))
+            runs.loc[twins.index, "label"] += ", " + words
+    return runs
+
+
+def layout(part):
+    """A table of cells: rows are tasks, average, seeds and parameters; columns zero-shot and
+    runs."""
+    cells, tasks = {}, list(dict.fromkeys(part.task))
+    tasks = [task for task in tasks if task != "average"] + ["average"]
+    by_task = part.drop_duplicates(["task", "seed"]).groupby("task").zero_shot.mean()
+    cells["zero-shot"] = [f"{by_task[task]:.1f}" for task in tasks] + ["", ""]
+    for name in dict.fromkeys(part.label):
+        column = part[part.label == name]
+        values = column.groupby("task").accuracy.apply(list)
+        seeds = " ".join(str(seed) for seed in sorted(column.seed.unique()))
+        cells[name] = [mean_std(values[task]) if task in values else "" for task in tasks]
+        cells[name] += [seeds, f"{column.parameters.iloc[-1]:,}"]
+    import pandas
+    return pandas.DataFrame(cells, index=[*tasks, "seeds", "parameters"])
+
+
+def as_markdown(cells):
+    """A table of cells in Markdown."""
+    def line(row):
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+    head = [line(["", *cells.columns]), line(["---"] * (len(cells.columns) + 1))]
+    return "\n".join([*head, *(line([name, *row]) for name, row in zip(cells.index, cells.values))])
+
+
+def plot_parameters(out, runs):
+    """parameters.png: average accuracy against trainable parameters (MmAP, Figure 1)."""
+    runs = runs[(runs.task == "average") & (runs.parameters > 0)]
+    if runs.empty:
+        return []
+    titles = list(dict.fromkeys(runs.title))
+    figure, axes = pyplot().subplots(1, len(titles), figsize=(6 * len(titles), 4.5), squeeze=False,
+                                     layout="tight")
+    for axis, title in zip(axes[0], titles):
+        part = runs[runs.title == title]
+        for name, column in part.groupby("label", sort=False):
+            axis.errorbar(column.parameters.iloc[-1], column.accuracy.mean(),
+                          column.accuracy.std(ddof=1) if len(column) > 1 else None, fmt="o",
+                          label=name)
+        axis.axhline(part.drop_duplicates("seed").zero_shot.mean(), color="grey", linestyle="--",
+                     label="zero-shot CLIP")
+        axis.set(xscale="log", xlabel="trainable parameters", ylabel="average accuracy (%)",
+                 title=title)
+        axis.legend(fontsize=7)
+    save_figure(figure, out / "parameters.png")
+    return ["parameters.png"]
+
+
+def plot_shots(out, runs):
+    """shots.png: accuracy against shots, a panel per task (MmAP, Figure 4; HiPro, Figure 6)."""
+    runs = runs[runs.shots.notna()]
+    groups = [part for _, part in runs.groupby(["data", "clip"]) if part.shots.nunique() > 1]
+    if not groups:
+        return []
+    most = max(part.task.nunique() for part in groups)
+    figure, axes = pyplot().subplots(len(groups), most, figsize=(3.5 * most, 3.5 * len(groups)),
+                                     squeeze=False, layout="tight")
+    for row, part in zip(axes, groups):
+        for axis, (task, panel) in zip(row, part.groupby("task", sort=False)):
+            plain_scores = (
+                panel.drop_duplicates(["shots", "seed"]).groupby("shots").zero_shot.mean()
+            )
+            axis.plot(plain_scores.index, plain_scores, "--", color="grey", label="zero-shot CLIP")
+            for name, line in panel.groupby("label", sort=False):
+                by_shots = line.groupby("shots").accuracy
+                axis.errorbar(by_shots.mean().index, by_shots.mean(), by_shots.std().fillna(0),
+                              marker="o", label=name)
+            axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
+                     xlabel="images per class", ylabel="accuracy (%)")
+        for axis in row[part.task.nunique():]:
+            axis.axis("off")
+        row[0].legend(fontsize=7)
+    save_figure(figure, out / "shots.png")
+    return ["shots.png"]
+
+
+@dataclass
+class PredictArgs:
+    """The likeliest classes of some images, by any method's saved prompts; needs no dataset."""
+
+    prompts: tyro.conf.Positional[str]  # the prompts.pt of a run
+    images: tyro.conf.Positional[tuple[str, ...]]  # files of images
+    task: str | None = None  # the task that the images are of, where there are several
+    clip: str | None = None  # backbone, where its file has moved
+    device: str | None = None  # cpu, cuda, ... (default: CUDA where there is one)
+
+
+def predict(argv):
+    """`python common.py predict CKPT IMAGE...`: the five likeliest classes, in %."""
+    given = _command("predict", PredictArgs, argv)
+    path = datasets.expand(given.prompts)
+    kinds = dict(
+        method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
+    )
+    saved = load_saved(path, "a prompts.pt", kinds, "give the prompts.pt that a run wrote")
+    names = list(saved["tasks"])
+    if given.task is None and len(names) > 1:
+        raise UserError(f"{path} has {len(names)} tasks: say with --task which one the images are "
+                        f"of: {', '.join(names)}")
+    if given.task is not None and given.task not in names:
+        raise UserError(f"{path} has no task '{given.task}'{datasets.nearest(given.task, names)}: "
+                        f"give --task one of {', '.join(names)}")
+    if not given.images:
+        raise UserError("there is nothing to predict: give the files of images")
+    files = [str(datasets.expand(image)) for image in given.images]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"there is no image {file}: give the files of images")
+        read_image(file)
+    method, chosen = load_method(saved["method"]), given.task or names[0]
+    known = {field.name for field in fields(method.Args)}
+    settings = {key: value for key, value in saved["settings"].items() if key in known}
+    args = replace(method.Args(**settings), device=checked_device(given.device), workers=0,
+                   eval=str(path), resume=False)
+    args.clip = given.clip or args.clip
+    seed = next(iter(saved["prompts"]))
+    args.seeds = (seed,)
+    model, kept = load_backbone(args), []
+
+    def keep(scores, labels):
+        kept.append(scores)
+        return 0.0
+
+    images = Images(files, [0] * len(files))
+    tasks = [Task(name, classes, saved["templates"][name], images,
+                  images if name == chosen else images.subset([0]),
+                  metric=keep if name == chosen else "accuracy")
+             for name, classes in saved["tasks"].items()]
+    states = saved["prompts"][seed]
+    if getattr(args, "single_task", False):
+        tasks, states = [task for task in tasks if task.name == chosen], states[chosen]
+    prompts = restored(args, method.build(args, model, tasks), states)
+    method.score(args, model, tasks, prompts)
+    print(f"{chosen}, seed {seed}, %")
+    for file, row in zip(files, kept[-1].float().softmax(dim=-1).cpu()):    # zero-shot comes first
+        print(f"\n{file}")
+        for p, k in zip(*(x.tolist() for x in row.topk(min(5, len(row))))):
+            print(f"{100 * p:6.1f}  {saved['tasks'][chosen][k]}")
+
+
+COMMANDS = {"check": check, "zero-shot": zero_shot, "probe": probe, "table": table,
+            "predict": predict}
+
+
 def commands(argv=None):
-    """`python common.py check|table|zero-shot|probe ...`: what belongs to no method; word -> (file in data/, its function)."""
-    known = {"check": ("checks.py", "check"),
-             "table": ("tables.py", "main"),
-             "zero-shot": ("baselines.py", "zero_shot"),
-             "probe": ("baselines.py", "probe")}
+    """`python common.py check|zero-shot|probe|table|predict ...`: what belongs to no method."""
     word, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["nothing"]
     if word in ("-h", "--help"):
-        return print(f"usage: python common.py {'|'.join(known)} ...   (each has --help)")
-    if word not in known:
-        raise UserError(f"'{word}' is no command{_nearest(word, known)}: say python common.py {' or '.join(known)}, or use a method's file")
-    file, function = known[word]
-    getattr(load_file(HERE / "data" / file, f"multitask_prompt_{file[:-3]}"), function)(rest)
+        print(f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)")
+        return
+    if word not in COMMANDS:
+        raise UserError(
+            f"'{word}' is no command{datasets.nearest(word, list(COMMANDS))}: say python "
+            f"common.py {' or '.join(COMMANDS)}, or use a method's file"
+        )
+    COMMANDS[word](rest)
 
 
 if __name__ == "__main__":
-    script(commands)
+    from common import commands as of_common  # the one `common` there is
+    from common import script as of_script
+    of_script(of_common)

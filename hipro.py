@@ -1,31 +1,58 @@
-"""HiPro: a prompt for every node of a tree of tasks, trained on the node's tasks and averaged along the way to a leaf.
+r"""HiPro: a prompt for every node of a tree of tasks; a task uses those on its way to the root.
 
-Liu, Lu, Liu, An, Xu, Yao, Zhang, Xiong and Gui, "Hierarchical Prompt Learning for Multi-Task Learning", CVPR 2023.
+Liu, Lu, Liu, An, Xu, Yao, Zhang, Xiong and Gui, "Hierarchical Prompt Learning for Multi-Task
+Learning", CVPR 2023.
 
-The idea: a prompt shared by all tasks is too coarse, a prompt of one task overfits. So tasks whose gradients on a shared
-prompt agree, Eq. (3), are merged pair by pair into a balanced tree, Eq. (4). Every node of it, a leaf (one task), the root
-(all tasks) and the groups between, learns a text prompt on its own tasks, Eq. (2), and a task is classified by the mean of
-the classifiers of the nodes that contain it, Eq. (5). Nodes share nothing but the batch that their texts are encoded in.
+The idea: a prompt shared by all tasks is too coarse, a prompt of one task overfits. So tasks whose
+gradients on a shared prompt agree, Eq. (3), are merged pair by pair into a balanced tree, Eq. (4).
+Every node, a leaf (one task), the root (all tasks) or a group between, learns a text prompt on its
+own tasks, Eq. (2). A task's classifier is the mean of those of its nodes, Eq. (5).
 
-    python hipro.py                                                             # built-in benchmark and backbone
-    python hipro.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1
-    python hipro.py --data cifar100 --download --split 0.04 --seeds 1 2 3       # Table 3 (Table 2: --data domainnet --split 0.01)
-    python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping shared+individual    # Table 4, Shr+Ind
-    python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping random       # ... random groups
-    python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping tag  # ... the tree from TAG's affinity
+    python hipro.py                                                     # built-in benchmark, CPU
+    python hipro.py --data officehome --split 0.1 --seeds 1 2 3         # Table 1, also --split 0.2
+    python hipro.py --data domainnet --split 0.01 --seeds 1 2 3         # Table 2, also --split 0.02
+    python hipro.py --data cifar100 --split 0.04 --seeds 1 2 3 --plot   # Table 3, also 0.08;
+                        # Figure 4 (affinity-SEED.png) and Figure 5 (tree-SEED.png)
+    python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping random       # Table 4,
+                        # also shared+individual and tag, --split 0.2, and domainnet
+    python hipro.py --data officehome --split 0.1 --seeds 1 2 3 --grouping tag-groups   # Tables 1
+                        # and 2, column TAG
+    python hipro.py --data coop10 --shots 1 --seeds 1 2 3               # Figure 6, shots 1 2 4 8 16
+    python coop_mt.py --data coop10 --shots 1 --seeds 1 2 3 --clip RN50 --epochs 100 --lr 0.001 \
+        --batches mixed --batch-size 20 --single-task                   # ... CoOp
+    python common.py probe --data coop10 --shots 1 --seeds 1 2 3 --clip RN50    # ... linear probe
+    python common.py zero-shot --data coop10 --shots 1 --clip RN50              # ... CLIP
+
+paper       code                                paper           code
+G_i         nodes, tuples of task numbers       I(T in G)       NodePrompts.members [M, N]
+p_G         NodePrompts.vectors, M of [b, d_l]  p_all           SharedPrompts.vectors [8, b, d_l]
+L_T(p_G)    losses [pairs], a (node, task) each d_T,T           affinity [N, N]
+w(p_G)      node_weights [M, K, D]              d(G_a, G_b)     group_affinity
 
 Choices the paper leaves open
-- A batch of 20 mixes the tasks: floor(20 / N) images from each and at least one. An epoch has as many steps as the union of
-  the tasks needs at that batch; smaller tasks cycle.
-- The 8 task-shared prompts that affinity is measured on train as long as the node prompts, with the same settings.
-- A node's classifier is the unit-length text features; their mean is not normalised again. Images are unit length.
-- Random groups are a tree of random affinities. The node prompts see the same batches whatever the grouping.
-- TAG's affinity of i on j is 1 - L_j(after a step on i alone) / L_j (Fifty et al., NeurIPS 2021), made symmetric by the mean
-  of both directions; taken at the same steps and prompts, with the current learning rate.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), and a cosine that steps once an epoch, without warm-up.
-- The image features of `--views` random views an image are computed once for both trainings (0: fresh views every epoch).
+- "Images from all tasks are combined together in a mini-batch": batches of 20 of the shuffled union
+  of the tasks, every image once an epoch. L_T in Eq. (2) is the mean over the task's images in the
+  step. A task without any adds nothing to its nodes' losses, and a node without any image keeps its
+  prompt and its momentum as they are: every prompt is trained as if alone, on its own batches.
+- The 8 task-shared prompts train as long as the nodes' and with the same settings. Their random
+  numbers are their own, so the affinity is the same with any grouping of it, and the nodes see the
+  same views. A snapshot has a value for each pair of tasks that both have images in the step; a
+  pair's affinity is the mean of its values.
+- A classifier is the text features at unit length; the mean of several is not normalised again.
+- Random groups are a tree of random affinities, drawn from the seed.
+- TAG's affinity of i on j is 1 - L_j(after a step on i alone) / L_j (Fifty et al., NeurIPS 2021),
+  made symmetric by the mean of both directions; same steps, at the learning rate of the step.
+- `--grouping tag-groups` is TAG as a baseline: at most `--groups` disjoint groups (TAG's may
+  overlap), chosen to maximize the sum of the tasks' mean affinities to the others in their group,
+  0 for a task alone. A task is classified by its group's prompt alone.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
+  a cosine that steps once an epoch, without warm-up. Fresh views every epoch. For the built-in
+  backbone 8 views per image are drawn once instead, so that the frozen image encoder sees each of
+  them once; they show at least 0.6 of the area, because `tiny` was never trained on small crops.
 """
-import math
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,28 +60,194 @@ from torch import nn
 
 import common
 
-PAPER = dict(                       # Sec. 4, "Training Details"
-    clip="RN50",                    # "CLIP with ResNet-50 vision backbone as our default model"
-    epochs=100,                     # "trained by the SGD optimizer for 100 epochs"
-    lr=0.001,                       # "with a learning rate of 0.001 and the cosine decay scheduler"
-    batch_size=20,                  # "Batch size is 20": of all tasks together
-    n_ctx=16,                       # "Prompt with 16 tokens are randomly initialized with Gaussian distribution of 0.02"
-    views=8,                        # ours
-    min_crop=0.08,                  # Dassl's random resized crop
-    grouping="tree")                # Sec. 3.3; the other values are Table 4's
-TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6)        # as CoOp-MT's; tried on fxemoji
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
-SHARED_PROMPTS, EVERY = 8, 5        # "We estimate the inter-task affinity every 5 steps with 8 task-shared prompts"
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
+SHARED_PROMPTS, EVERY = 8, 5            # "the inter-task affinity every 5 steps with 8 task-shared
+                                        # prompts"
 
 
-# ------------------------------------------------------------------------------------------------------------- the tree
+@dataclass
+class Args(common.Args):
+    """Sec. 4, "Training Details"."""
+
+    method = "hipro"
+    clip: str = "RN50"  # "CLIP with ResNet-50 vision backbone as our default model"; else tiny
+    epochs: int = 100  # "trained by the SGD optimizer for 100 epochs"
+    lr: float = 0.001  # "with a learning rate of 0.001 and the cosine decay scheduler"
+    batch_size: int = 20  # "Batch size is 20": images of all tasks; per task with --batches tasks
+    batches: Literal["tasks", "mixed"] = "mixed"  # "Images from all tasks are combined together"
+    n_ctx: int = 16  # "Prompt with 16 tokens"
+    # Sec. 3.3; others but tag-groups: Table 4; tag-groups: column TAG of Table 1
+    grouping: Literal["tree", "shared+individual", "random", "tag", "tag-groups"] = "tree"
+    groups: int = 2  # at most so many groups of tasks, with --grouping tag-groups (ours)
+
+
+TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6, views=8)
+
+
+# ------------------------------------------------------------------------ prompts (Sec. 3.2, 3.3)
+
+class NodePrompts(nn.Module):
+    """What is trained: a text prompt per node, each a parameter of its own."""
+
+    def __init__(self, n_tasks, n_ctx, width):
+        super().__init__()
+        self.shape = n_ctx, width
+        self.vectors = nn.ParameterList()                                           # p_G
+        self.register_buffer("members", torch.zeros(0, n_tasks, dtype=torch.bool))  # I(T in G)
+        self.register_buffer("affinity", torch.zeros(n_tasks, n_tasks))     # Eq. (3), averaged
+
+    def set_nodes(self, nodes):
+        """Give every node, a tuple of task numbers, a fresh prompt, N(0, 0.02)."""
+        self.members = self.members.new_zeros(len(nodes), len(self.affinity))
+        for m, node in enumerate(nodes):
+            self.members[m, list(node)] = True
+        device = self.members.device
+        self.vectors = nn.ParameterList((0.02 * torch.randn(self.shape)).to(device) for _ in nodes)
+
+    def load_state_dict(self, saved, **how):
+        """As always, after making as many prompts as the saved nodes need."""
+        if len(self.vectors) != len(saved["members"]):
+            self.set_nodes([()] * len(saved["members"]))
+        return super().load_state_dict(saved, **how)
+
+    def nodes(self):
+        """The nodes as tuples of task numbers."""
+        return [tuple(torch.where(row)[0].tolist()) for row in self.members]
+
+    def text_prompts(self, task=None):
+        """The nodes' prompts [L=1, M, b, d_l].
+
+        Given the tasks [B] of a step's images, the prompts of nodes that have none of these are
+        constants: they get no gradient, and so SGD leaves them and their momentum alone.
+        """
+        if task is None:
+            return torch.stack(list(self.vectors))[None]
+        present = self.members[:, task].any(dim=1).tolist()
+        prompts = [p if here else p.detach() for p, here in zip(self.vectors, present)]
+        return torch.stack(prompts)[None]
+
+
+class SharedPrompts(nn.Module):
+    """Independently initialised prompts for all tasks, on which the affinity is measured."""
+
+    def __init__(self, n_tasks, n_ctx, width):
+        super().__init__()
+        self.vectors = nn.Parameter(0.02 * torch.randn(SHARED_PROMPTS, n_ctx, width))   # p_all
+        self.register_buffer("total", torch.zeros(n_tasks, n_tasks))        # of the snapshots
+        self.register_buffer("snapshots", torch.zeros(n_tasks, n_tasks))    # with both tasks
+        self.register_buffer("steps", torch.zeros(()))
+
+
+# -------------------------------------------------------------------- inter-task affinity, Eq. (3)
+
+def gradient_affinity(grads):
+    """The tasks' dot products [N, N], Eq. (3), from their gradients [S, N, P] at S prompts."""
+    return (grads @ grads.transpose(1, 2)).mean(0)
+
+
+def losses_at(model, w, batch, texts):
+    """The losses [S, N] of all tasks at S shared prompts, Eq. (1), from text features w [C, D].
+
+    batch: image features, labels and (prompt, task) pairs of a step, an image once per prompt.
+    """
+    x, labels, pair = batch
+    return common.task_losses(model, x, w, labels, pair, texts).view(SHARED_PROMPTS, -1)
+
+
+@torch.no_grad()
+def tag_affinity(model, texts, batch, vectors, grads, losses, lr):
+    """TAG's look-ahead affinity [N, N], symmetric and averaged over the shared prompts.
+
+    vectors [S, b, d_l], with grads [S, N, b, d_l] and losses [S, N]. What a task without images has
+    in it is 0.
+    """
+    rows = torch.zeros_like(losses[0]).repeat(losses.shape[1], 1)               # [N, N]
+    for i in range(len(rows)):
+        if grads[:, i].any():                   # else task i has no image, and would take no step
+            stepped = vectors - lr * grads[:, i]
+            w = common.encode_text(model, texts.tokens, stepped[None], texts.sets)
+            after = losses_at(model, w, batch, texts)
+            rows[i] = ((losses - after) / losses.clamp(min=1e-12)).mean(0)
+    return (rows + rows.t()) / 2
+
+
+def task_gradients(losses, copies, first):
+    """The gradient of every task's loss [S, N] at every shared prompt, [S, N, b, d_l].
+
+    copies [S, N, b, d_l]: a copy of each prompt per task. A task with the class names of an earlier
+    one uses the copy of that one, first[i], so that they share texts and a snapshot needs no more
+    memory than a step. One backward pass tells apart the gradients at different copies; tasks that
+    share a copy take turns.
+    """
+    turn = [first[:i].count(owner) for i, owner in enumerate(first)]
+    grads = torch.zeros_like(copies)
+    for k in range(max(turn) + 1):
+        mine = [i for i in range(len(first)) if turn[i] == k]
+        g, = torch.autograd.grad(losses[:, mine].sum(), copies, retain_graph=k < max(turn))
+        grads[:, mine] = g[:, [first[i] for i in mine]]
+    return grads
+
+
+def measure_affinity(args, model, tasks, run):
+    """Train the task-shared prompts, each on all tasks, and average the snapshots: [N, N].
+
+    A snapshot is taken at every 5th step, "without additional forwards": the tasks' gradients are
+    also what the step sums.
+    """
+    run.seed_phase("affinity")
+    N, device = len(tasks), model.logit_scale.device
+    shared = SharedPrompts(N, args.n_ctx, len(model.ln_final.weight)).to(device)
+    names = [list(task.class_names) for task in tasks]
+    first = [names.index(own) for own in names]                         # the first with such names
+    pairs = list(product(range(SHARED_PROMPTS), range(N)))              # copy m N + i is (m, i)'s
+    task_of = torch.tensor([i for _, i in pairs], device=device)
+    together = common.Texts(tasks * SHARED_PROMPTS, args.n_ctx, [m for m, _ in pairs])
+    apart = common.Texts(tasks * SHARED_PROMPTS, args.n_ctx, [m * N + first[i] for m, i in pairs])
+    together.to(device)
+    apart.to(device)
+    optimizer, schedule = common.sgd(args, shared, MOMENTUM, WEIGHT_DECAY)
+    for epoch in run.epochs("affinity", args.epochs, shared=shared, optimizer=optimizer,
+                            schedule=schedule):
+        for images, labels, task in common.batches(args, model, tasks, frozen=True):
+            snapshot = shared.steps % EVERY == 0
+            copies = shared.vectors[:, None].expand(-1, N, -1, -1)              # [8, N, b, d_l]
+            texts = apart if snapshot else together
+            text_prompts = copies.flatten(0, 1) if snapshot else shared.vectors
+            x = common.encode_image(model, images)                              # [B, D], frozen
+            w = common.encode_text(model, texts.tokens, text_prompts[None], texts.sets)
+            image, pair = torch.where(task[:, None] == task_of)     # an image once for every prompt
+            batch = x[image], labels[image], pair
+            losses = losses_at(model, w, batch, texts)                          # [8, N], Eq. (1)
+            optimizer.zero_grad()
+            if snapshot:
+                grads = task_gradients(losses, copies, first)                   # [8, N, b, d_l]
+                shared.vectors.grad = grads.sum(1)                              # Eq. (2)
+                if args.grouping == "tree":
+                    shared.total += gradient_affinity(grads.flatten(2))         # Eq. (3)
+                else:
+                    lr = optimizer.param_groups[0]["lr"]
+                    shared.total += tag_affinity(model, together, batch, shared.vectors, grads,
+                                                 losses.detach(), lr)
+                present = torch.isin(torch.arange(N, device=device), task)
+                shared.snapshots += present[:, None] & present
+            else:
+                losses.sum().backward()                                         # Eq. (2)
+            optimizer.step()
+            shared.steps += 1
+            run.log(loss=losses.sum(), losses=common.of_present(losses.mean(0), task))
+        schedule.step()
+    return shared.total / shared.snapshots.clamp(min=1)
+
+
+# ----------------------------------------------------------- hierarchical task clustering, Eq. (4)
 
 def task_tree(affinity):
-    """The groups of a balanced task tree: all 2N-1 nodes as sorted tuples of task numbers, leaves first, root last (Sec. 3.3).
+    """The 2N-1 nodes of a balanced tree: sorted tuples of task numbers, leaves first, root last.
 
-    affinity: [N, N], symmetric. "We iteratively find the two most similar clusters and merge them to form a new cluster. To
-    construct a balanced tree, new clusters are temporarily excluded, and clustering continues. All excluded clusters are
-    returned when the remaining clusters are less than 2."
+    affinity: [N, N], symmetric. "We iteratively find the two most similar clusters and merge them
+    to form a new cluster. To construct a balanced tree, new clusters are temporarily excluded, and
+    clustering continues. All excluded clusters are returned when the remaining clusters are less
+    than 2." (Sec. 3.3)
     """
     d = torch.as_tensor(affinity).double().tolist()
     nodes = [(i,) for i in range(len(d))]
@@ -75,195 +268,127 @@ def group_affinity(d, a, b):
     return sum(d[i][j] for i in a for j in b) / (len(a) * len(b))
 
 
-def choose_nodes(args, affinity, seed):
-    """The groups of tasks that get a prompt, as `--grouping` says."""
-    n = len(affinity)
-    if args.grouping == "shared+individual" and n > 1:
-        return [(i,) for i in range(n)] + [tuple(range(n))]
+def group_tasks(affinity, n_groups):
+    """The partition of N tasks into at most n_groups groups of the largest total affinity.
+
+    affinity: [N, N], symmetric. A group's total is the sum of its tasks' mean affinities to the
+    others in it, 0 for a task alone. Up to 10 tasks all partitions are tried; beyond, the two
+    groups whose union adds most (or costs least) are joined while there are too many groups or
+    joining pays. Returns sorted lists of task numbers.
+    """
+    d = torch.as_tensor(affinity).double().tolist()
+    tasks = list(range(len(d)))
+
+    def total(groups):
+        return sum(sum(d[i][j] for i in group for j in group if i != j) / max(len(group) - 1, 1)
+                   for group in groups)
+
+    if len(tasks) <= 10:
+        return sorted(sorted(group) for group in max(partitions(tasks, n_groups), key=total))
+    groups = [[i] for i in tasks]
+    while len(groups) > 1:
+        gain, i, j = max((total([groups[i] + groups[j]]) - total([groups[i], groups[j]]), i, j)
+                         for i in range(len(groups)) for j in range(i))
+        if len(groups) <= n_groups and gain < 0:
+            break
+        groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [groups[i] + groups[j]]
+    return sorted(sorted(group) for group in groups)
+
+
+def partitions(tasks, n_groups):
+    """Every way to put a list of tasks into at most n_groups groups."""
+    if not tasks:
+        yield []
+        return
+    first, rest = tasks[0], tasks[1:]
+    for groups in partitions(rest, n_groups):
+        for i in range(len(groups)):
+            yield [*groups[:i], [first, *groups[i]], *groups[i + 1:]]
+        if len(groups) < n_groups:
+            yield [[first], *groups]
+
+
+def choose_nodes(args, affinity):
+    """The groups of tasks that get a prompt each, as `--grouping` says."""
+    N = len(affinity)
+    if args.grouping == "shared+individual" and N > 1:
+        return [*((i,) for i in range(N)), tuple(range(N))]
+    if args.grouping == "tag-groups":
+        return [tuple(group) for group in group_tasks(affinity, args.groups)]
     if args.grouping == "random":
-        x = torch.rand(n, n, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(N, N, generator=torch.Generator().manual_seed(args.seeds[0]))
         affinity = x + x.t()
     return task_tree(affinity)
 
 
-# -------------------------------------------------------------------------------------------------- prompts and losses
-
-class NodePrompts(nn.Module):
-    """One text prompt a node, and what came of the training: the nodes, the affinity, the tasks' classifiers."""
-
-    def __init__(self, n_nodes, n_ctx, width, tasks, dim):
-        super().__init__()
-        self.vectors = nn.Parameter(0.02 * torch.randn(n_nodes, n_ctx, width))
-        self.register_buffer("members", torch.zeros(n_nodes, len(tasks), dtype=torch.bool))
-        self.register_buffer("affinity", torch.zeros(len(tasks), len(tasks)))
-        for i, task in enumerate(tasks):
-            self.register_buffer(f"classifier_{i}", torch.zeros(len(task.class_names), dim))    # Eq. (5), [K, D]
-
-    def nodes(self):
-        return [tuple(torch.where(row)[0].tolist()) for row in self.members]
-
+# ---------------------------------------------------------------------- prompt learning, Eq. (2)
 
 def build(args, model, tasks):
-    """The untrained prompts of all nodes."""
-    n, (dim, width) = len(tasks), model.text_projection.t().shape
-    n_nodes = n + 1 if args.grouping == "shared+individual" and n > 1 else 2 * n - 1
-    return NodePrompts(n_nodes, args.n_ctx, width, tasks, dim).to(model.logit_scale.device)
+    """The prompts before there are nodes; these come with `set_nodes` or a saved state."""
+    prompts = NodePrompts(len(tasks), args.n_ctx, len(model.ln_final.weight))
+    return prompts.to(model.logit_scale.device)
 
 
-class NodeTexts:
-    """The texts of all nodes as one batch: each node with its tasks' class names; tasks with the same names share rows."""
-
-    def __init__(self, tasks, nodes, n_ctx):
-        names = [tuple(task.class_names) for task in tasks]
-        first = [names.index(x) for x in names]                                 # the first task with the same names
-        pairs = list(dict.fromkeys((m, first[i]) for m, node in enumerate(nodes) for i in node))
-        self.place = {(m, i): pairs.index((m, first[i])) for m, node in enumerate(nodes) for i in node}
-        self.node_of = [m for m, _ in pairs]
-        self.turn = [names[:i].count(x) for i, x in enumerate(names)]           # a task's number among those with its names
-        self.texts = common.Texts([tasks[i] for _, i in pairs], n_ctx, owners=list(range(len(pairs))))
-
-    def encode(self, model, copies):
-        """Text features [K, D] of every (node, class names) pair, from a prompt a pair, [pairs, b, d_l]."""
-        return [x.float() for x in self.texts.encode(model, copies[None])]
+def measured(args, tasks):
+    """Whether the grouping needs the affinity of the tasks."""
+    return args.grouping in ("tree", "tag", "tag-groups") and len(tasks) > 1
 
 
-def losses_of(model, texts, copies, batch):
-    """{(node, task): mean cross-entropy}, Eq. (1), of all nodes from one pass through the text encoder.
-
-    batch: (image features [b, D], labels [b]) a task.
-    """
-    with common.autocast(model):
-        weights = texts.encode(model, copies)
-    return {(m, i): F.cross_entropy(common.logits(model, batch[i][0], weights[place]), batch[i][1])
-            for (m, i), place in texts.place.items()}
+def pairs_of(nodes):
+    """Every (node, task of the node), by their numbers."""
+    return [(m, i) for m, node in enumerate(nodes) for i in node]
 
 
-def epoch_of(args, tasks, views):
-    """The batches of an epoch: (image features [b, D], labels [b]) a task; each image drawn shows one of its views."""
-    sizes = [len(task.train) for task in tasks]
-    batch_size = max(1, args.batch_size // len(tasks))
-    for picks in common.epoch_batches(sizes, batch_size, steps=math.ceil(sum(sizes) / (batch_size * len(tasks)))):
-        yield [(features[torch.randint(len(features), p.shape), p], labels[p]) for (features, labels), p in zip(views, picks)]
+def node_texts(args, tasks, nodes):
+    """The texts of all nodes as one batch: as if each pair of a node and a task were a task of its
+    own, with the node's prompt. Tasks with the same class names share rows within a node."""
+    pairs = pairs_of(nodes)
+    return common.Texts([tasks[i] for _, i in pairs], args.n_ctx, [m for m, _ in pairs])
 
 
-# ------------------------------------------------------------------------------------------------------------- affinity
-
-def task_gradients(losses, texts, copies, n_nodes, n_tasks):
-    """The gradient of every task's loss at every shared prompt, [n_nodes, N, P].
-
-    Tasks with their own class names have their own copies of a prompt, so one backward pass tells their gradients apart;
-    tasks that share texts take turns.
-    """
-    grads = copies.new_zeros(n_nodes, n_tasks, copies[0].numel())
-    for turn in range(max(texts.turn) + 1):
-        mine = {(m, i): loss for (m, i), loss in losses.items() if texts.turn[i] == turn}
-        g = torch.autograd.grad(sum(mine.values()), copies, retain_graph=turn < max(texts.turn))[0].flatten(1)
-        for m, i in mine:
-            grads[m, i] = g[texts.place[m, i]]
-    return grads
-
-
-def gradient_affinity(grads):
-    """The dot products of the tasks' gradients, Eq. (3), averaged over the shared prompts: [prompts, N, P] -> [N, N]."""
-    return (grads @ grads.transpose(1, 2)).mean(0)
-
-
-def tag_affinity(model, texts, vectors, grads, losses, batch, lr):
-    """TAG's look-ahead affinity, symmetric and averaged over the shared prompts: [N, N]."""
-    Z = grads.new_zeros(grads.shape[1], grads.shape[1])
-    for i in range(len(Z)):
-        with torch.no_grad():                                                   # every shared prompt takes a step on task i alone
-            after = losses_of(model, texts, (vectors - lr * grads[:, i].view_as(vectors))[texts.node_of], batch)
-            for (m, j), before in losses.items():
-                Z[i, j] += (1 - after[m, j] / before) / len(vectors)
-    return (Z + Z.t()) / 2
-
-
-def measure_affinity(args, model, tasks, views_of, run, seed):
-    """Train 8 task-shared prompts, each on all tasks, and average the affinity of every 5th step: [N, N]."""
-    n, shared = len(tasks), nn.Module()
-    shared.vectors = nn.Parameter(0.02 * torch.randn(SHARED_PROMPTS, args.n_ctx, model.text_projection.shape[0]))
-    shared.register_buffer("total", torch.zeros(n, n))                          # of the snapshots
-    shared.register_buffer("steps", torch.zeros(()))
-    shared.to(model.logit_scale.device)
-    texts = NodeTexts(tasks, [tuple(range(n))] * SHARED_PROMPTS, args.n_ctx)    # each on all tasks
-    optimizer, schedule = optimizer_of(args, shared)
-    start = run.restore(seed, prompts=shared, optimizer=optimizer, schedule=schedule)
-    for epoch in common.progress(range(start, args.epochs), "affinity"):
-        number = args.epochs + epoch                                            # other batches than the second phase's
-        views, losses_seen = views_of(number), []
-        common.seed_everything(seed, 2 * number + 1)
-        for batch in epoch_of(args, tasks, views):
-            copies = shared.vectors[texts.node_of]
-            losses = losses_of(model, texts, copies, batch)
-            if shared.steps % EVERY == 0:
-                grads = task_gradients(losses, texts, copies, SHARED_PROMPTS, n)
-                if args.grouping == "tag":
-                    shared.total += tag_affinity(model, texts, shared.vectors, grads, losses, batch, optimizer.param_groups[0]["lr"])
-                else:
-                    shared.total += gradient_affinity(grads)
-                shared.vectors.grad = grads.sum(1).view_as(shared.vectors)      # Eq. (2)
-            else:
-                shared.vectors.grad, = torch.autograd.grad(sum(losses.values()), shared.vectors)
-            optimizer.step()
-            shared.steps += 1
-            losses_seen.append(sum(losses.values()).item() / len(losses))
-        schedule.step()
-        row = dict(phase="affinity", loss=sum(losses_seen) / len(losses_seen))
-        run.checkpoint(seed, epoch + 1, row, prompts=shared, optimizer=optimizer, schedule=schedule)
-    return shared.total / (shared.steps / EVERY).ceil()
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-def optimizer_of(args, prompts):
-    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-
-
-def train(args, model, tasks, run, seed):
-    """Measure the affinity, build the tree, and learn the prompts of all its nodes; returns them with the classifiers."""
-    kept = {}
-
-    def views_of(epoch):
-        """(features [V, n, D], labels [n]) a task: the frozen encoder sees an image once, or in every epoch with `--views 0`."""
-        number = 0 if args.views else epoch
-        if number not in kept:
-            kept.clear()
-            common.seed_everything(seed, 2 * number)
-            kept[number] = [common.view_features(model, task.train, args.views or 1, args.min_crop) for task in tasks]
-        return kept[number]
-
-    common.seed_everything(seed)
-    first = args.epochs if args.grouping in ("tree", "tag") and len(tasks) > 1 else 0               # epochs of the first phase
-    done, prompts = run.restore(seed), build(args, model, tasks)
-    optimizer, schedule = optimizer_of(args, prompts)
-    if done <= first:
-        if first:
-            prompts.affinity = measure_affinity(args, model, tasks, views_of, run, seed)
-        for m, node in enumerate(choose_nodes(args, prompts.affinity, seed)):
-            prompts.members[m, list(node)] = True
-    else:
-        run.restore(seed, prompts=prompts, optimizer=optimizer, schedule=schedule)
-    tell_nodes(args, tasks, prompts.nodes())
-    texts = NodeTexts(tasks, prompts.nodes(), args.n_ctx)
-    for epoch in common.progress(range(max(done, first), first + args.epochs), "train"):
-        views, losses_seen = views_of(epoch - first), []
-        common.seed_everything(seed, 2 * (epoch - first) + 1)
-        for batch in epoch_of(args, tasks, views):
-            losses = losses_of(model, texts, prompts.vectors[texts.node_of], batch)
+def train(args, model, tasks, run):
+    """Measure the affinity, build the tree, and train the prompts of all nodes side by side."""
+    prompts, device = build(args, model, tasks), model.logit_scale.device
+    if measured(args, tasks):
+        prompts.affinity = measure_affinity(args, model, tasks, run)
+    run.seed_phase("train")
+    prompts.set_nodes(choose_nodes(args, prompts.affinity))
+    nodes = prompts.nodes()
+    tell_nodes(args, tasks, nodes)
+    texts = node_texts(args, tasks, nodes).to(device)
+    task_of = torch.tensor([i for _, i in pairs_of(nodes)], device=device)      # of every pair
+    over_nodes = F.normalize(F.one_hot(task_of).t().float(), p=1)               # [N, pairs]: a mean
+    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
+                            schedule=schedule):
+        for images, labels, task in common.batches(args, model, tasks, frozen=True):
+            x = common.encode_image(model, images)                              # [B, D], frozen
+            w = common.encode_text(model, texts.tokens, prompts.text_prompts(task), texts.sets)
+            image, pair = torch.where(task[:, None] == task_of)     # an image once for every node
+            losses = common.task_losses(model, x[image], w, labels[image], pair, texts)  # Eq. (1)
             optimizer.zero_grad()
-            sum(losses.values()).backward()                                     # Eq. (2): no term has two nodes' prompts in it
+            losses.sum().backward()     # Eq. (2) of every node: no loss depends on two prompts
             optimizer.step()
-            losses_seen.append(sum(losses.values()).item() / len(losses))
+            run.log(loss=losses.sum(), losses=common.of_present(over_nodes @ losses, task))
         schedule.step()
-        row = dict(phase="training", loss=sum(losses_seen) / len(losses_seen))
-        run.checkpoint(seed, epoch + 1, row, prompts=prompts, optimizer=optimizer, schedule=schedule)
-    set_classifiers(model, tasks, prompts, texts)
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------------------ inference
+def tell_nodes(args, tasks, nodes):
+    """Print the groups of tasks."""
+    if len(tasks) == 1:
+        print("one task: there is no tree, only its own prompt")
+        return
+    if args.grouping == "tag-groups":
+        groups, what = nodes, ""
+    else:
+        groups = [node for node in nodes if 1 < len(node) < len(tasks)]
+        what = " between the leaves and the root"
+    named = ["[" + ", ".join(tasks[i].name for i in group) + "]" for group in groups]
+    print(f"groups ({args.grouping}){what}: {'  '.join(named) or 'none'}", flush=True)
+
+
+# ---------------------------------------------------------------------------- inference, Eq. (5)
 
 def fuse(node_weights, nodes, task):
     """The classifier [K, D] of a task: the mean of its nodes' weights [M, K, D], Eq. (5)."""
@@ -272,52 +397,80 @@ def fuse(node_weights, nodes, task):
 
 
 @torch.no_grad()
-def set_classifiers(model, tasks, prompts, texts):
-    """Compute every task's classifier once, and keep it with the prompts."""
-    features, nodes = texts.encode(model, prompts.vectors[texts.node_of]), prompts.nodes()
+def classifiers_of(args, model, tasks, prompts):
+    """Every task's classifier [K, D]: the fused unit-length text features of its nodes."""
+    nodes = prompts.nodes()
+    pairs, texts = pairs_of(nodes), node_texts(args, tasks, nodes)
+    w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
+    unit, fused = texts.classifiers(w), []
     for i in range(len(tasks)):
-        classifier = getattr(prompts, f"classifier_{i}")
-        weights = classifier.new_zeros(len(nodes), *classifier.shape)           # [M, K, D]
-        for m, node in enumerate(nodes):
-            if i in node:
-                weights[m] = F.normalize(features[texts.place[m, i]], dim=-1)
-        classifier.copy_(fuse(weights, nodes, i))
+        mine = [p for p, (_, t) in enumerate(pairs) if t == i]
+        node_weights = torch.stack([unit[p] for p in mine])     # [nodes of the task, K, D]
+        fused.append(fuse(node_weights, [nodes[pairs[p][0]] for p in mine], i))
+    return fused
 
 
-def score(args, model, preprocess, tasks, prompts):
-    """Zero-shot CLIP's and the method's accuracy on every task, in per cent; the nodes, and the affinity if measured."""
-    scores = dict(zero_shot=[], accuracy=[], nodes=[[tasks[i].name for i in node] for node in prompts.nodes()])
-    for i, (task, plain) in enumerate(zip(tasks, common.zero_shot(model, tasks))):
-        x, labels = common.image_features(model, task.test, preprocess)
-        scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain, features=(x, labels)))
-        fused = model.logit_scale.exp() * F.normalize(x, dim=-1) @ getattr(prompts, f"classifier_{i}").t()  # [n, K]
-        scores["accuracy"].append(common.per_cent_right(fused, labels, task.metric))
-    measured = args.grouping in ("tree", "tag") and len(tasks) > 1
-    return dict(scores, affinity=prompts.affinity.tolist()) if measured else scores
+def score(args, model, tasks, prompts):
+    """The accuracies of zero-shot CLIP and of HiPro, the nodes, and the affinity if measured."""
+    scores = common.evaluate(args, model, tasks, classifiers_of(args, model, tasks, prompts))
+    scores["nodes"] = [[tasks[i].name for i in node] for node in prompts.nodes()]
+    if measured(args, tasks):
+        scores["affinity"] = prompts.affinity.tolist()
+    return scores
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+def plot(folder, result, rows):
+    """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4)."""
+    for seed, nodes in zip(result["seeds"], result["nodes"]):
+        if len(nodes[-1]) < len(result["tasks"]):       # TAG's groups are no tree
+            continue
+        figure, axes = common.pyplot().subplots(figsize=(6, 1 + 0.35 * len(result["tasks"])))
+        order, place = leaves(nodes[-1], nodes), {}
+        for node in sorted(nodes, key=len):
+            spots = [place[tuple(child)] for child in children(node, nodes)]
+            if not spots:                               # a leaf
+                place[tuple(node)] = 0, order.index(node[0])
+                continue
+            height, middle = max(x for x, _ in spots) + 1, sum(y for _, y in spots) / len(spots)
+            place[tuple(node)] = height, middle
+            for x, y in spots:
+                axes.plot([x, height, height], [y, y, middle], color="black")
+        axes.set_yticks(range(len(order)), order)
+        axes.set_xticks([])
+        axes.set_title(f"task tree, seed {seed}")
+        common.save_figure(figure, folder / f"tree-{seed}.png", bbox_inches="tight")
+
+
+def children(node, nodes):
+    """The largest nodes inside a node."""
+    inside = [other for other in nodes if set(other) < set(node)]
+    return [child for child in inside if not any(set(child) < set(other) for other in inside)]
+
+
+def leaves(node, nodes):
+    """The tasks of a node in the order in which its tree is drawn without crossings."""
+    below = [leaf for child in children(node, nodes) for leaf in leaves(child, nodes)]
+    return below or list(node)
 
 
 def check(args, tasks):
-    """Classifiers are of their tasks: refuse to score them on others."""
-    if args.eval and common.load_prompts(args.eval, "hipro")["tasks"] != {task.name: list(task.class_names) for task in tasks}:
-        raise common.UserError(f"the classifiers in {args.eval} are of other tasks or classes than those of --data {args.data}: give the "
-                               "--data they were trained on")
-
-
-def tell_nodes(args, tasks, nodes):
-    if len(tasks) == 1:
-        return print("one task: there is no tree, only its own prompt")
-    groups = [node for node in nodes if 1 < len(node) < len(tasks)]
-    print(f"groups ({args.grouping}) between the leaves and the root:",
-          "  ".join("[" + ", ".join(tasks[i].name for i in group) + "]" for group in groups) or "none", flush=True)
+    """Refuse more groups than tasks."""
+    if args.grouping == "tag-groups" and args.groups > len(tasks) > 1:
+        raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
+                               f"--data {args.data}: give fewer")
 
 
 def main(argv=None):
-    parser = common.arguments("hipro", __doc__, PAPER, TINY, batch="images of all tasks in a step")
-    parser.add_argument("--grouping", choices=["tree", "shared+individual", "random", "tag"],
-                        help="which groups of tasks get a prompt beside the tasks themselves (default tree)")
-    args = common.parse(parser, argv)
-    args.variant = None if args.grouping == "tree" else f"with --grouping {args.grouping}"
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, check=check, plot=common.plot_tree)
+    args = common.parse(Args, __doc__, argv, TINY)
+    if args.groups < 1:
+        raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
+    if args.groups != Args.groups and args.grouping != "tag-groups":
+        raise common.UserError(f"--groups {args.groups} is for --grouping tag-groups, not for "
+                               f"--grouping {args.grouping}: leave one of them out")
+    common.run_seeds(args, build, train, score, args.n_ctx, own=True, check=check, plot=plot,
+                     tiny=TINY)
 
 
 if __name__ == "__main__":

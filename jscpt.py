@@ -1,160 +1,200 @@
-"""JSCPT: image features selected by learned masks, and tasks weighted by a schedule that a development set trains.
+"""JSCPT: image features selected by learned masks, and tasks weighted by a learned schedule.
 
-Li, Qin, Cui, Liu, Hu and Liao, "Joint Scheduling of Causal Prompts and Tasks for Multi-Task Learning", CVPR 2025.
+Li, Qin, Cui, Liu, Hu and Liao, "Joint Scheduling of Causal Prompts and Tasks for Multi-Task
+Learning", CVPR 2025.
 
-The idea: prompts pick up what merely goes along with a class, and tasks help or hinder each other differently as training goes
-on. So (1) every task has prompts shared by all beside its own, and a mask and a small network select its image features, Eq. (2).
-(2) A task's weight phi in a step grows with what selection gains, the causal effect, Eq. (4), and with how well the other tasks'
-gradients on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6). (3) The prompts descend
-along the weighted gradients, Eq. (9), and every M steps alpha and beta along the gradient that the loss on held-out images has
-through the prompts, Eq. (10)-(11): implicit differentiation with a truncated Neumann series.
+The idea: prompts pick up what merely goes along with a class, and tasks help or hinder each other
+differently as training goes on. So (1) every task has prompts shared by all beside its own, and a
+mask and a small network select its image features, Eq. (2). (2) A task's weight phi in a step grows
+with what selection gains, the causal effect, Eq. (4), and with how well the other tasks' gradients
+on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6).
+(3) The prompts descend along the weighted gradients, Eq. (9), and every M steps alpha and beta
+along
+the gradient that the loss on held-out images has through the prompts, Eq. (10)-(11): implicit
+differentiation with a truncated Neumann series.
 
-    python jscpt.py                                                             # built-in benchmark and backbone
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3                 # Table 1 (Table 2: --data minidomainnet --split 0.01
-                                                                # --batch-size 4; Table 3: --data coop10 --shots 5 --batch-size 32)
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection  # Table 4; its other rows: --no-prompt-schedule,
-                                                                                # --no-task-schedule, --cagrad
-    python jscpt.py --data officehome --split 0.2 --plot                        # Figures 4 and 5
+    python jscpt.py                                                     # built-in benchmark, CPU
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3         # Table 1
+    python jscpt.py --data minidomainnet --split 0.01 --seeds 1 2 3     # Table 2
+    python jscpt.py --data coop10 --shots 5 --seeds 1 2 3               # Table 3
+    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection    # Table 4; others:
+                        # --no-prompt-schedule, --no-task-schedule, --cagrad
+    python jscpt.py --data officehome --split 0.2 --plot                # Figures 4 and 5
+
+paper               code                            paper           code
+P_l^sh, P_v^sh      P_l_shared, P_v_shared          phi             phi = schedule(...), Eq. (6)
+P_l,Ti, P_v,Ti      P_l[i], P_v[i]                  Omega           alpha, beta
+M_i                 sigmoid(m[i])                   C_i             effect = causal_effect(...)
+MLP                 W_1, b_1, W_2, b_2              A_ij            A[i, j] = affinity(...)
+theta               the parameters of MTVLP         M, H, eta_2     upper_every, terms, upper_lr
 
 Choices the paper leaves open
-- Text prompts enter the first layer only, image prompts every layer: with text prompts "into each transformer block" it would be
-  1.26 M numbers, and the paper counts 0.203 M a task. Shared and own ones stand side by side, 2b in all.
-- The selection network is shared by the tasks, D - 32 - D with ReLU (CoCoOp's meta-net), and Eq. (2) applies it twice; masks are
-  sigma(m), m = 0 at the start. Together 813,600 numbers for four tasks at ViT-B/16, 0.2034 M a task. alpha and beta count apart.
-- Eq. (4) as printed, the sigma of an exponential, lies in (0.5, 1), so the "below 0.5" of the text cannot occur. Its original
-  loss is that of the same step's features without selection.
-- Eq. (5) is clamped to the [-1, 1] that the paper states. In Eq. (6) beta_i is a vector over the source tasks and the product a
-  dot product; alpha and beta start at 1. phi is a constant for the prompts' gradient.
-- D_v is the dataset's validation set, or 20% of a task's training images, held out by the seed (in the ablations too); D_dev is
-  a batch a task of it at every upper step, augmented as in training. Where none can be held out, the training images serve.
-- The upper step takes L from the latest training batch at the updated prompts, effect and affinity as that batch had them, and
-  moves alpha and beta by Adam. The Neumann series needs a scale s, s sum_j (I - s Hessian)^j (Lorraine et al., AISTATS 2020);
-  it is the lower learning rate. The last prompts are returned.
-- A factor of Eq. (6) that an ablation leaves out is 1, so its steps are 1.5 to 2 times as long. CAGrad combines the gradients of
-  all shared numbers, weighted by the prompts' factor; times N, to be a sum. Its upper step takes the lower level for a plain sum.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see. Prompts start at N(0, 0.02). Eq. (2)
-  has no residual, so with a network of random weights the selected features would know nothing of CLIP's classes. It starts as the
-  projection onto the 32 directions that hold most of the class names' zero-shot text features, and Eq. (2) passes that part of a
-  feature on. What is left is shorter, so the logits are larger (1.6 times at `tiny`), the first losses lie above zero-shot's and
-  Eq. (4) below sigma(1). Of a thousand class names 32 directions hold less, about 3/4.
-- A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
+- Text prompts enter the first layer only, image prompts every layer: with text prompts "into each
+  transformer block" there would be 1.26 M parameters, and the paper counts 0.203 M per task. Shared
+  and task-specific prompts stand side by side, 2b in all. N(0, 0.02) to start from.
+- The selection network is shared by the tasks and has 32 hidden units and a skip connection (the
+  authors' program has one, too): MLP(z) = z + W_2 ReLU(W_1 z + b_1) + b_2 with W_1 ~ N(0, 1/D), the
+  rest zero, and m = 0. So selected features equal the features at the start, 2 sigma(0) x = x, the
+  causal effect is sigma(1), and selection can only be learned. Prompts, masks and network come to
+  813,600 parameters for four tasks at ViT-B/16, 0.2034 M per task; alpha and beta count apart.
+- Eq. (4) as printed, the sigmoid of an exponential, lies in (0.5, 1), so the paper's "below 0.5"
+  cannot occur. Its original loss is that of the same step's features without selection.
+- Eq. (5) is clamped to the [-1, 1] that the paper states, with a zero diagonal. In Eq. (6) beta_i
+is
+  a vector over source tasks and the product a dot product; alpha and beta start at 1. phi is a
+  constant in the lower step, which uses one gradient per task.
+- A factor of Eq. (6) that an ablation leaves out keeps its starting value (task: sigma(0) = 0.5,
+  prompt: sigma(sigma(1))), so that no ablation changes the length of the steps. `--no-selection`
+  fixes the masks at 0.5; the network stays. `--cagrad` combines the gradients of all shared
+  parameters by CAGrad, times N to be a sum, weighted by the prompts' factor alone.
+- D_dev is the dataset's validation part, or 20% of a task's training images, held out by seed (in
+the
+  ablations too); a random batch per task of it, not augmented, at every upper step. `--dev-shots k`
+  (the authors' program: up to 4) takes k images per class from outside the training split instead,
+  and out of the test set, so that no test image takes part.
+- The upper step takes L from the latest training batch at the updated prompts, effect and affinity
+  as that batch had them, and moves alpha and beta by Adam, lr 0.0015 (the authors' program). At the
+  paper's settings on 10% of Office-Home that are 110 steps of at most about 0.0015: alpha and beta
+  stay within 0.17 of 1. The Neumann series has a scale s (Lorraine et al., AISTATS 2020):
+  s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The last prompts are returned.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see.
+- The authors' program averages the shared and the specific prompts and their features, takes the
+  affinity from losses without selection, and never updates Omega: this follows the paper.
 """
 import itertools
 import json
 import math
-from dataclasses import replace
+import random
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import data as datasets
 
-PAPER = dict(                       # Sec. 4.1, "Implementation details"
-    clip="ViT-B/16",                # "with CLIP (ViT-B/16) as our default model"
-    epochs=50,                      # "trained for 50 epochs"
-    lr=0.0015,                      # "we employ the SGD optimizer with a learning rate fixed at 0.0015"
-    batch_size=16,                  # "a batch size of 16, 4, and 32 respectively for the Office-Home, MiniDomainNet, and ..."
-    n_ctx=16,                       # "set the number of prompt tokens to 16"
-    views=0,                        # fresh views every epoch
-    min_crop=0.08,                  # Dassl's random resized crop
-    upper_every=10,                 # Sec. 3.4: "H is set to 3 and M to 10": M
-    terms=3,                        # ... H
-    upper_lr=0.0015)                # eta_2: ours, the paper states none
-TINY = dict(epochs=5, lr=0.0003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)    # chosen on fxemoji
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
-HIDDEN = 32                         # of the selection network: what the paper's 0.203 M numbers a task leave room for
-OPEN = 8.0                          # how far below 0 a feature's part in a direction may lie before ReLU cuts it off at first
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
+HIDDEN = 32           # of the selection network: what the paper's 0.203 M parameters leave room for
 
 
-# ------------------------------------------------------------------------------- prompts and selection (Sec. 3.2)
+@dataclass
+class Args(common.Args):
+    """Sec. 4.1, "Implementation details"."""
+
+    method = "jscpt"
+    clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) as our default model"; tiny for built-in data
+    epochs: int = 50  # "trained for 50 epochs"
+    lr: float = 0.0015  # eta_1: "the SGD optimizer with a learning rate fixed at 0.0015"
+    batch_size: int = 16  # images per task: "16, 4, and 32" (Office-Home, MiniDomainNet, datasets)
+    n_ctx: int = 16  # "set the number of prompt tokens to 16", shared ones and specific ones each
+    upper_every: int = 10  # M: lower steps per upper step; "H is set to 3 and M to 10"
+    terms: int = 3  # H: Hessian products in the Neumann series
+    upper_lr: float = 0.0015  # eta_2: Adam's learning rate for alpha and beta (ours)
+    scale: float | None = None  # scale of the Neumann series (default: the learning rate)
+    dev_shots: int | None = None  # D_dev: so many images per class from outside the training split
+    selection: bool = True  # learned masks; without: Table 4
+    prompt_schedule: bool = True  # phi depends on the causal effect; without: Table 4
+    task_schedule: bool = True  # phi depends on the affinity; without: Table 4
+    cagrad: bool = False  # CAGrad in place of the task schedule: Table 4
+
+
+TINY = dict(epochs=5, lr=0.003, batch_size=8, n_ctx=4, min_crop=0.6, upper_every=5, upper_lr=0.05)
+OF_DATA = dict(minidomainnet=dict(batch_size=4), coop10=dict(batch_size=32),
+               coop11=dict(batch_size=32))
+
+
+# --------------------------------------------------------------- prompts and selection (Sec. 3.2)
 
 class MTVLP(nn.Module):
-    """The multi-task vision-language prompts, masks and selection network (theta), the schedule's alpha and beta (Omega).
+    """Multi-task vision-language prompts, masks and selection network (theta), and Omega.
 
-    Every tensor of theta has the tasks first: a task's own ones [N, ...], shared ones [1, ...].
+    Every tensor of theta has the tasks first: specific ones [N, ...], shared ones [1, ...].
     """
 
-    def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, V, selection=True):
-        """V [32, D]: orthonormal directions that the selection network passes on at first; selection: whether masks are learned."""
+    def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, dim, selection=True):
+        """dim: D, the width of the features; selection: whether masks are learned."""
         super().__init__()
+        N = n_tasks
         self.P_l_shared = nn.Parameter(0.02 * torch.randn(1, n_ctx, d_text))
         self.P_v_shared = nn.Parameter(0.02 * torch.randn(1, n_layers, n_ctx, d_image))
-        self.P_l = nn.Parameter(0.02 * torch.randn(n_tasks, n_ctx, d_text))
-        self.P_v = nn.Parameter(0.02 * torch.randn(n_tasks, n_layers, n_ctx, d_image))
-        self.W_1, self.b_1 = nn.Parameter(V[None] / 2), nn.Parameter(torch.full((1, len(V)), OPEN / 2))         # [1, 32, D], [1, 32]
-        self.W_2, self.b_2 = nn.Parameter(2 * V.t()[None]), nn.Parameter(-OPEN * V.sum(0)[None])                # [1, D, 32], [1, D]
-        self.register_buffer("m", torch.zeros(n_tasks, V.shape[1]))             # masks are sigma(m)
+        self.P_l = nn.Parameter(0.02 * torch.randn(N, n_ctx, d_text))
+        self.P_v = nn.Parameter(0.02 * torch.randn(N, n_layers, n_ctx, d_image))
+        self.W_1 = nn.Parameter(torch.randn(1, HIDDEN, dim) / math.sqrt(dim))
+        self.b_1 = nn.Parameter(torch.zeros(1, HIDDEN))
+        self.W_2 = nn.Parameter(torch.zeros(1, dim, HIDDEN))
+        self.b_2 = nn.Parameter(torch.zeros(1, dim))
+        self.register_buffer("m", torch.zeros(N, dim))          # masks are sigma(m)
         if selection:
             self.m = nn.Parameter(self.m)
-        state = dict(alpha=torch.ones(n_tasks), beta=torch.ones(n_tasks, n_tasks), steps=torch.tensor(0),       # lower steps so far
-                     effect=torch.zeros(n_tasks), affinity=torch.zeros(n_tasks, n_tasks), phi=torch.zeros(n_tasks))     # epoch's means
-        for name, x in state.items():
-            self.register_buffer(name, x)
+        self.register_buffer("alpha", torch.ones(N))
+        self.register_buffer("beta", torch.ones(N, N))
+        self.register_buffer("steps", torch.tensor(0))          # lower steps so far
+        for name, shape in dict(effect=(N,), affinity=(N, N), phi=(N,)).items():
+            self.register_buffer(name, torch.zeros(shape))      # the last epoch's means
 
     def copies(self):
-        """theta with a copy of every tensor for every task, {name: [N, ...]}: the gradient of a sum of losses keeps them apart."""
+        """theta with a copy of every tensor for every task, {name: [N, ...]}.
+
+        The gradient of a sum of losses keeps the copies apart: they are the tasks' gradients.
+        """
         theta = {**dict(self.named_parameters()), "m": self.m}
         return {name: x.expand(len(self.alpha), *x.shape[1:]) for name, x in theta.items()}
 
 
-def prompts_of(theta):
-    """[P_l^sh, P_l,Ti] [1, N, 2b, d_l] and [P_v^sh, P_v,Ti] [K, N, 2b, d_v] of every task, of theta as `copies` gives it."""
-    return (torch.cat([theta["P_l_shared"], theta["P_l"]], dim=1)[None],
-            torch.cat([theta["P_v_shared"], theta["P_v"]], dim=2).transpose(0, 1))
+def text_prompts(theta):
+    """[P_l^sh, P_l,Ti] of every task, [1, N, 2b, d_l], of theta as `MTVLP.copies` gives it."""
+    return torch.cat([theta["P_l_shared"], theta["P_l"]], dim=1)[None]
+
+
+def image_prompts(theta):
+    """[P_v^sh, P_v,Ti] of every task, [K, N, 2b, d_v]."""
+    return torch.cat([theta["P_v_shared"], theta["P_v"]], dim=2).transpose(0, 1)
 
 
 def select(theta, x, task):
-    """The selected image features [B, D] of a task's features x [B, D], Eq. (2): MLP(M_i * x + MLP(M_i * x))."""
-    W_1, b_1, W_2, b_2 = (theta[name][task] for name in ("W_1", "b_1", "W_2", "b_2"))
-    mlp = lambda x: F.linear(F.relu(F.linear(x, W_1, b_1)), W_2, b_2)
-    masked = torch.sigmoid(theta["m"][task]) * x
+    """The selected image features x_bar = MLP(M_i * x + MLP(M_i * x)), Eq. (2).
+
+    x: [B, D]; task: the number of the task of all of them, or of each, [B]. Returns [B, D].
+    """
+    m, W_1, b_1, W_2, b_2 = (theta[name][task] for name in ("m", "W_1", "b_1", "W_2", "b_2"))
+
+    def mlp(z):
+        hidden = torch.relu(torch.einsum("...hd,...d->...h", W_1, z) + b_1)
+        return z + torch.einsum("...dh,...h->...d", W_2, hidden) + b_2
+
+    masked = torch.sigmoid(m) * x
     return mlp(masked + mlp(masked))
 
 
 def build(args, model, tasks):
     """The untrained prompts, masks and network, and a schedule of ones."""
-    visual, d_text = model.visual, len(model.text_projection)
-    words = F.normalize(torch.cat(common.zero_shot(model, tasks)), dim=-1)
-    V = torch.linalg.svd(words).Vh[:HIDDEN].clone().cpu()                       # where the class names' features lie
-    return MTVLP(len(tasks), args.n_ctx, d_text, visual.class_embedding.shape[0], len(visual.transformer.resblocks), V,
-                 selection=not args.no_selection).to(model.logit_scale.device)
+    visual = model.visual
+    layers, d_image = len(visual.transformer.resblocks), len(visual.class_embedding)
+    prompts = MTVLP(len(tasks), args.n_ctx, len(model.ln_final.weight), d_image, layers,
+                    model.text_projection.shape[1], args.selection)
+    return prompts.to(model.logit_scale.device)
 
 
 def texts_of(args, tasks):
     """The tasks' texts `[SOS] shared_1 .. shared_b own_1 .. own_b class name . [EOS]`."""
-    return common.Texts(tasks, 2 * args.n_ctx, owners=list(range(len(tasks))))
+    return common.Texts(tasks, 2 * args.n_ctx, sets=range(len(tasks)))
 
 
-def losses_of(model, texts, theta, batches):
-    """Every task's mean cross-entropy on selected features, Eq. (3), and on the features as they are (no gradient): [N], [N].
-
-    batches: (images [b, 3, H, W], labels [b]) a task. The texts of all tasks go through their encoder as one batch, and all
-    images through theirs.
-    """
-    text, image = prompts_of(theta)
-    with common.autocast(model):
-        text_features, image_features = texts.encode(model, text), common.encode_batches(model, batches, image)
-    losses, original = [], []
-    for i, (x, z, (_, labels)) in enumerate(zip(image_features, text_features, batches)):       # x [b, D], z [C, D]
-        x, z = x.to(theta["m"].dtype), z.to(theta["m"].dtype)                   # float32 after autocast
-        losses.append(F.cross_entropy(common.logits(model, select(theta, x, i), z), labels))
-        original.append(F.cross_entropy(common.logits(model, x.detach(), z.detach()), labels))
-    return torch.stack(losses), torch.stack(original)
-
-
-# ------------------------------------------------------------------------------------- the scheduler (Sec. 3.3)
+# --------------------------------------------------------------------- the scheduler (Sec. 3.3)
 
 def causal_effect(loss_original, loss_selected):
-    """What selection gains, sigma(exp(L(x) - L(selected x))) in (0.5, 1), Eq. (4). Tensors of one shape, e.g. [N]."""
+    """What selection gains, sigma(exp(L(x) - L(x_bar))), in (0.5, 1), Eq. (4)."""
     return torch.sigmoid(torch.exp(loss_original - loss_selected))
 
 
 def affinity(grads):
-    """A[i, j] of source task i on target task j, Eq. (5): g_i . g_j / |g_j|^2, clamped to [-1, 1], zero on the diagonal.
+    """A[i, j] = g_i . g_j / |g_j|^2 of source task i on target task j, Eq. (5).
 
-    grads: [N, P], the tasks' gradients on the shared prompts. A gradient of zero has no affinity. Returns [N, N].
+    grads: [N, P], the tasks' gradients on the shared prompts. Clamped to [-1, 1], zero on the
+    diagonal; a gradient of zero has no affinity. Returns [N, N].
     """
     gram = grads @ grads.t()
     A = gram / gram.diagonal().clamp(min=torch.finfo(grads.dtype).tiny)
@@ -162,50 +202,58 @@ def affinity(grads):
 
 
 def schedule(alpha, beta, effect, affinity):
-    """The tasks' weights phi [N], Eq. (6), from alpha [N], beta [N, N], effect [N] and affinity [N, N].
+    """phi_i = sigma(alpha_i effect_i) sigma(sum_j beta[i, j] affinity[j, i]), [N], Eq. (6).
 
-    Where an ablation leaves alpha or beta out (None), its factor is 1.
+    alpha [N], beta [N, N], effect [N], affinity [N, N]. A factor that an ablation leaves out (None)
+    keeps its starting value.
     """
-    prompt_weights = torch.ones_like(effect) if alpha is None else torch.sigmoid(alpha * effect)
-    task_weights = 1 if beta is None else torch.sigmoid((beta * affinity.t()).sum(1))           # row i: sum_j beta[i, j] A[j, i]
-    return prompt_weights * task_weights
+    prompt_factor = task_factor = None
+    if alpha is None:
+        prompt_factor = torch.sigmoid(torch.sigmoid(torch.ones_like(effect)))
+    else:
+        prompt_factor = torch.sigmoid(alpha * effect)
+    if beta is None:
+        task_factor = torch.full_like(effect, 0.5)
+    else:
+        task_factor = torch.sigmoid((beta * affinity.t()).sum(dim=1))
+    return prompt_factor * task_factor
 
 
 def omega_of(args, prompts):
-    """What is learned of Omega, {name: tensor}: alpha and beta, without those whose factor an ablation leaves out."""
-    learned = dict(alpha=not args.no_prompt_schedule, beta=not (args.no_task_schedule or args.cagrad))
-    return {name: getattr(prompts, name) for name in learned if learned[name]}
+    """What is learned of Omega, {name: tensor}, without what an ablation leaves out."""
+    omega = {}
+    if args.prompt_schedule:
+        omega["alpha"] = prompts.alpha
+    if args.task_schedule and not args.cagrad:
+        omega["beta"] = prompts.beta
+    return omega
 
 
-# ----------------------------------------------------------------------------------- bi-level optimization (Sec. 3.4)
-
-def task_gradients(model, texts, prompts, batches, create_graph=False):
-    """The gradient of every task's loss at all of theta, from one backward pass: ({name: [N, ...]}, losses [N], original [N])."""
-    theta = prompts.copies()
-    losses, original = losses_of(model, texts, theta, batches)
-    names = [name for name, _ in prompts.named_parameters()]
-    grads = torch.autograd.grad(losses.sum(), [theta[name] for name in names], create_graph=create_graph)
-    return dict(zip(names, grads)), losses.detach(), original
-
+# ------------------------------------------------------------- bi-level optimization (Sec. 3.4)
 
 def scheduled_gradient(phi, grads, theta):
-    """The gradient of sum_i phi_i L_i, Eq. (9), shaped as theta, from phi [N] and the tasks' gradients [N, ...]; phi is constant."""
-    return [torch.einsum("n,n...->n...", phi.detach(), g).sum_to_size(p.shape) for g, p in zip(grads, theta)]
+    """The gradient of sum_i phi_i L_i with a constant phi [N], Eq. (9), shaped as theta.
+
+    grads: the tasks' gradients [N, ...] of each tensor of theta [N, ...] or [1, ...].
+    """
+    return [torch.einsum("n,n...->n...", phi.detach(), g).sum_to_size(p.shape)
+            for g, p in zip(grads, theta)]
 
 
 def cagrad_gradient(phi, grads, theta):
-    """As `scheduled_gradient`, but shared tensors descend along N times CAGrad's direction (Table 4, MTL-CAGrad)."""
-    rows = [torch.einsum("n,n...->n...", phi, g) for g in grads]
+    """As `scheduled_gradient`, but shared tensors descend along N times CAGrad's direction."""
+    rows = [torch.einsum("n,n...->n...", phi.detach(), g) for g in grads]
     shared = [k for k, p in enumerate(theta) if len(p) < len(phi)]
     if shared:                              # with one task there is nothing to combine
-        direction = len(phi) * common.cagrad(torch.cat([rows[k].flatten(1) for k in shared], dim=1))
+        flat = torch.cat([rows[k].flatten(1) for k in shared], dim=1)
+        direction = len(phi) * common.cagrad(flat)
         for k, part in zip(shared, direction.split([theta[k].numel() for k in shared])):
             rows[k] = part.view_as(theta[k])
     return rows
 
 
 def neumann(hvp, v, steps, scale):
-    """scale * sum_{j=0..steps} (I - scale * H)^j v, which tends to H^-1 v: the sum in Eq. (11), with the scale of Lorraine et al.
+    """scale * sum_{j=0..steps} (I - scale H)^j v, which tends to H^-1 v: the sum in Eq. (11).
 
     v: a list of tensors; hvp maps such a list to H times it. Returns such a list.
     """
@@ -217,133 +265,239 @@ def neumann(hvp, v, steps, scale):
 
 
 def implicit_gradient(theta, grads, dev_grads, phi, omega, steps, scale):
-    """The gradient of the development loss with respect to Omega, Eq. (10)-(11): a list of tensors shaped as omega.
+    """The gradient of the development loss with respect to Omega, Eq. (10)-(11), shaped as omega.
 
-    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] for each, differentiable once more; dev_grads:
-    shaped as theta; phi [N]: a function of omega. L is linear in phi, so the mixed term is sum_i (grad phi_i) (grad_theta L_i).
+    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] of each,
+    differentiable
+    once more; dev_grads: shaped as theta; phi [N]: a function of omega. L is linear in phi, so the
+    mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i) and needs no second derivative.
     """
     gradient = scheduled_gradient(phi, grads, theta)
-    hvp = lambda v: torch.autograd.grad(gradient, theta, v, retain_graph=True)                  # H v, a double backward pass
+
+    def hvp(v):
+        return torch.autograd.grad(gradient, theta, v, retain_graph=True)
+
     p = neumann(hvp, dev_grads, steps, scale)
-    dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(1) for g, x in zip(grads, p))       # [N]
+    dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(dim=1) for g, x in zip(grads, p))
     return torch.autograd.grad(phi, omega, -dots)
 
 
-def upper_step(args, model, texts, prompts, batches, dev_batches, effect, A, upper):
-    """Move alpha and beta along the implicit gradient; returns the development losses [N]."""
-    theta = list(prompts.parameters())
-    dev_losses, _ = losses_of(model, texts, prompts.copies(), dev_batches)
-    dev_grads = torch.autograd.grad(dev_losses.sum(), theta)                    # Eq. (8)
-    with sdpa_kernel(SDPBackend.MATH):                                          # fused attention has no second derivative
-        grads, _, _ = task_gradients(model, texts, prompts, batches, create_graph=True)
-    omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
-    phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)
-    found = implicit_gradient(theta, list(grads.values()), dev_grads, phi, list(omega.values()), args.terms, args.scale)
+def losses_at(model, texts, theta, batch):
+    """Every task's loss on the selected features of a batch (images, labels, task), Eq. (3):
+    [N]."""
+    images, labels, task = batch
+    x = common.encode_image(model, images, image_prompts(theta), task)
+    w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
+    return common.task_losses(model, select(theta, x, task), w, labels, task, texts)
+
+
+def upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper):
+    """Move alpha and beta along the implicit gradient."""
+    theta = dict(prompts.named_parameters())
+    dev_losses = losses_at(model, texts, prompts.copies(), dev_batch)
+    dev_grads = torch.autograd.grad(dev_losses.sum(), list(theta.values()))     # Eq. (8)
+    with sdpa_kernel(SDPBackend.MATH):      # fused attention has no second derivative
+        copies = prompts.copies()
+        losses = losses_at(model, texts, copies, batch)
+        grads = torch.autograd.grad(
+            losses.sum(), [copies[name] for name in theta], create_graph=True
+        )
+        omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
+        phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)
+        found = implicit_gradient(list(theta.values()), grads, dev_grads, phi, list(omega.values()),
+                                  args.terms, args.scale or args.lr)
     for x, g in zip(omega_of(args, prompts).values(), found):
         x.grad = g
     upper.step()
-    return dev_losses.detach()
 
 
-def development(tasks, seed):
-    """(tasks, tasks whose training images are D_v): a dataset's validation set, or 20% of the training images, held out by seed."""
-    tasks = common.with_validation(tasks, seed)
-    for task in tasks:
-        if not task.val:
-            print(f"{task.name}: no training image can be held out for development, so the training images serve", flush=True)
-    return tasks, [replace(task, train=task.val or task.train) for task in tasks]
+class Development:
+    """D_dev in memory, not augmented: random batches of it, as `common.batches` yields them."""
+
+    def __init__(self, args, model, tasks):
+        self.batch_size, self.device = args.batch_size, model.logit_scale.device
+        self.pixels, self.labels = [], []
+        for task in tasks:
+            images = task.val or task.train
+            if not task.val:
+                print(f"{task.name}: no training image can be held out for development, so the "
+                      "training images serve", flush=True)
+            parts = list(datasets.in_order(images, model.visual.input_resolution, args.workers))
+            self.pixels.append(torch.cat([pixels for pixels, _ in parts]))
+            self.labels.append(torch.cat([labels for _, labels in parts]))
+
+    def batch(self):
+        """(images [B, 3, H, W], labels [B], task [B]), from PyTorch's global generator."""
+        chosen = [torch.randperm(len(x))[:self.batch_size] for x in self.labels]
+        images = torch.cat([x[i] for x, i in zip(self.pixels, chosen)])
+        labels = torch.cat([x[i] for x, i in zip(self.labels, chosen)])
+        task = torch.cat([torch.full((len(i),), t) for t, i in enumerate(chosen)])
+        return (datasets.normalise(images.to(self.device)), labels.to(self.device),
+                task.to(self.device))
 
 
-def stop_at_nan(tasks, losses, where):
-    """Raise UserError with the task whose loss is not finite, and where it happened."""
-    for task, loss in zip(tasks, losses.tolist()):
-        if not math.isfinite(loss):
-            raise common.UserError(f"the loss of {task.name} is {loss} {where}: use a smaller --lr in another --out")
-
-
-def train(args, model, tasks, run, seed):
+def train(args, model, tasks, run):
     """Algorithm 1; returns the trained prompts, with the schedule that they ended with."""
-    common.seed_everything(seed)
-    prompts, (tasks, held_out) = build(args, model, tasks), development(tasks, seed)
-    theta, omega, texts = list(prompts.parameters()), omega_of(args, prompts), texts_of(args, tasks)
-    lower = torch.optim.SGD(theta, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)          # passes over what gets no gradient
-    start = run.restore(seed, prompts=prompts, lower=lower, upper=upper)
-    if len(tasks) == 1:
-        print("one task: the schedule changes the size of its steps and nothing else")
-    number = sum(x.numel() for x in omega.values())
-    print(f"{number} more numbers, {' and '.join(omega) or 'none'}, make the schedule; they count apart", flush=True)
-    for epoch in common.progress(range(start, args.epochs), "train"):
-        common.seed_everything(seed, epoch + 1)
-        endless = (common.image_batches(model, held_out, args, seed) for _ in itertools.count())        # D_v again and again
-        dev_batches, seen = itertools.chain.from_iterable(endless), []
-        for step, batches in enumerate(common.image_batches(model, tasks, args, seed), 1):
+    prompts = build(args, model, tasks)
+    if args.dev_shots is None:
+        tasks = datasets.with_held_out(tasks, args.seeds[0])
+    development = Development(args, model, tasks)
+    theta, omega = dict(prompts.named_parameters()), omega_of(args, prompts)
+    texts = texts_of(args, tasks).to(model.logit_scale.device)
+    lower = torch.optim.SGD(
+        theta.values(), lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)
+    combine = cagrad_gradient if args.cagrad else scheduled_gradient
+    for epoch in run.epochs("train", args.epochs, prompts=prompts, lower=lower, upper=upper):
+        seen = []
+        for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
             # lower level: update theta with fixed Omega
-            grads, losses, original = task_gradients(model, texts, prompts, batches)
-            stop_at_nan(tasks, losses, f"at step {step} of epoch {epoch + 1}")
-            effect = causal_effect(original, losses)                            # Eq. (4)
-            A = affinity(torch.cat([grads[name].flatten(1) for name in ("P_l_shared", "P_v_shared")], dim=1))                 # Eq. (5)
-            phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)    # Eq. (6)
-            combine = cagrad_gradient if args.cagrad else scheduled_gradient
-            for p, g in zip(theta, combine(phi, grads.values(), theta)):        # Eq. (9)
-                p.grad = g
+            copies = prompts.copies()
+            x = common.encode_image(model, images, image_prompts(copies), task)             # [B, D]
+            w = common.encode_text(model, texts.tokens, text_prompts(copies), texts.sets)   # [C, D]
+            x_bar = select(copies, x, task)                                     # Eq. (2)
+            losses = common.task_losses(model, x_bar, w, labels, task, texts)   # [N], Eq. (3)
+            grads = torch.autograd.grad(losses.sum(), [copies[name] for name in theta])
+            with torch.no_grad():
+                original = common.task_losses(model, x, w, labels, task, texts)
+                effect = causal_effect(original, losses)                        # Eq. (4)
+                of_task = dict(zip(theta, grads))
+                shared = [of_task[name].flatten(1) for name in ("P_l_shared", "P_v_shared")]
+                A = affinity(torch.cat(shared, dim=1))                          # Eq. (5)
+                phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)    # Eq. (6)
+            for p, g in zip(theta.values(), combine(phi, grads, list(theta.values()))):
+                p.grad = g                                                      # Eq. (9)
             lower.step()
             prompts.steps += 1
-            seen.append((losses, effect, phi, A))
-            # upper level: update Omega with the present theta
+            # upper level: update Omega with the present theta, Eq. (10)-(11)
             if omega and prompts.steps % args.upper_every == 0:
-                dev_losses = upper_step(args, model, texts, prompts, batches, next(dev_batches), effect, A, upper)
-                stop_at_nan(tasks, dev_losses, f"on the development images after step {step} of epoch {epoch + 1}")
-        run.checkpoint(seed, epoch + 1, log_row(prompts, *map(torch.stack, zip(*seen))), prompts=prompts, lower=lower, upper=upper)
+                batch = images, labels, task
+                upper_step(
+                    args, model, texts, prompts, batch, development.batch(), effect, A, upper
+                )
+            run.log(loss=losses.sum(), losses=losses, effect=effect, phi=phi, affinity=A,
+                    alpha=prompts.alpha.clone(), beta=prompts.beta.clone())
+            seen.append((effect, phi, A))
+        effects, phis, affinities = map(torch.stack, zip(*seen))
+        prompts.effect.copy_(effects.mean(dim=0))
+        prompts.phi.copy_(phis.mean(dim=0))
+        prompts.affinity.copy_(affinities.mean(dim=0))
+        run.log(batch_effect=effects[:16].t(), batch_phi=phis[:16].t())         # for Figure 4
     return prompts
 
 
-def log_row(prompts, losses, effects, phis, affinities):
-    """An epoch's row for log.csv from what its steps had ([steps, N] and [steps, N, N]): lists as JSON, in the tasks' order.
+def score(args, model, tasks, prompts):
+    """The accuracies of zero-shot CLIP and of JSCPT, and the schedule at the end."""
+    with torch.no_grad():
+        theta, texts = prompts.copies(), texts_of(args, tasks)
+        w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
 
-    The means of effect, phi and affinity are kept with the prompts, too.
-    """
-    prompts.effect, prompts.phi, prompts.affinity = effects.mean(0), phis.mean(0), affinities.mean(0)
-    cell = lambda x: json.dumps(x.double().cpu().round(decimals=5).tolist())
-    return dict(loss=losses.sum(1).mean().item(), losses=cell(losses.mean(0)), effect=cell(prompts.effect), phi=cell(prompts.phi),
-                affinity=cell(prompts.affinity), alpha=cell(prompts.alpha), beta=cell(prompts.beta),
-                batch_effect=cell(effects[:16].t()), batch_phi=cell(phis[:16].t()))     # Figure 4 shows 16 batches
+        def selected(x, t):
+            return select(theta, x, t)
+
+        scores = common.evaluate(args, model, tasks, texts.classifiers(w), image_prompts(theta),
+                                 selected)
+    for name in ("alpha", "beta", "effect", "affinity", "phi"):
+        scores[name] = getattr(prompts, name).tolist()
+    scores["schedule_parameters"] = sum(x.numel() for x in omega_of(args, prompts).values())
+    return scores
 
 
-def score(args, model, preprocess, tasks, prompts):
-    """Zero-shot CLIP's and the method's accuracy on every task, in per cent; the schedule, and what it was made of at the end."""
-    theta = {name: x.detach() for name, x in prompts.copies().items()}
-    text, image = prompts_of(theta)
-    text_features, scores = texts_of(args, tasks).encode(model, text), dict(zero_shot=[], accuracy=[])
-    for i, (task, plain) in enumerate(zip(tasks, common.zero_shot(model, tasks))):
-        x, labels = common.image_features(model, task.test, preprocess, image[:, i])
-        scores["zero_shot"].append(common.evaluate(model, preprocess, task, plain))
-        scores["accuracy"].append(common.evaluate(model, preprocess, task, text_features[i], features=(select(theta, x, i), labels)))
-    own = {name: getattr(prompts, name).tolist() for name in ("alpha", "beta", "effect", "affinity", "phi")}
-    return dict(scores, **own, schedule_parameters=sum(x.numel() for x in omega_of(args, prompts).values()))
+# -------------------------------------------------------------------------- data, figures, main
+
+def set_aside(args, tasks, seed):
+    """With --dev-shots k: the tasks with `val` set to k images per class from outside the training
+    split, which leave the test set where the dataset has no validation part of its own."""
+    return tasks if args.dev_shots is None else [aside(args, task, seed) for task in tasks]
+
+
+def aside(args, task, seed):
+    """One task of `set_aside`."""
+    pool = task.val or task.test
+    places, draw, chosen = defaultdict(list), random.Random(f"{seed}/dev/{task.name}"), []
+    for i, label in enumerate(pool.labels):
+        places[label].append(i)
+    for label in sorted(places):
+        spare = len(places[label]) - (0 if task.val else 1)     # a class keeps a test image
+        chosen += draw.sample(places[label], min(args.dev_shots, spare))
+    if not chosen:
+        raise common.UserError(
+            f"--dev-shots {args.dev_shots} finds no image of {task.name} that can "
+            "leave the test set: leave it out"
+        )
+    val = pool.subset(sorted(chosen))
+    if task.val:
+        return replace(task, val=val)
+    taken = set(chosen)
+    return replace(task, val=val, test=pool.subset([i for i in range(len(pool)) if i not in taken]))
+
+
+def plot(folder, result, rows):
+    """causal-SEED.png (Figure 4) and schedule-SEED.png (Figure 5; below it alpha, beta, phi)."""
+    for seed in result["seeds"]:
+        mine = []
+        for row in rows:
+            if row["seed"] == seed:
+                mine.append({key: json.loads(x) if isinstance(x, str) and x.startswith("[") else x
+                             for key, x in row.items()})
+        plot_causal(folder / f"causal-{seed}.png", result["tasks"], mine)
+        plot_schedule(folder / f"schedule-{seed}.png", result["tasks"], mine)
+
+
+def plot_causal(path, names, rows):
+    """The causal effect and the weight of each task over 16 batches, in epochs 1 and 20."""
+    titles = dict(batch_effect="causal effect, Eq. (4)", batch_phi="weight, Eq. (6)")
+    figure, axes = common.pyplot().subplots(len(names), 2, figsize=(9, 2.2 * len(names)),
+                                            squeeze=False, layout="tight")
+    for (i, name), (k, key) in itertools.product(enumerate(names), enumerate(titles)):
+        for row in (rows[0], rows[min(20, len(rows)) - 1]):
+            axes[i, k].plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o",
+                            label=f"epoch {row['epoch']}")
+        axes[i, k].set(title=f"{name}: {titles[key]}", xlabel="batch")
+        axes[i, k].legend()
+    common.save_figure(figure, path)
+
+
+def plot_schedule(path, names, rows):
+    """The tasks' losses, the affinity in epochs 5 and 10, and alpha, beta and phi by epoch."""
+    figure, axes = common.pyplot().subplots(2, 3, figsize=(15, 8), layout="tight")
+    epochs = [row["epoch"] for row in rows]
+    for axis, key in zip(axes.flat[[0, 3, 4, 5]], ("losses", "alpha", "beta", "phi")):
+        for i, name in enumerate(names):
+            values = np.array([row[key][i] for row in rows])    # of beta a line per source task
+            axis.plot(epochs, values, color=f"C{i}", label=name if key == "losses" else None)
+        axis.set(title=key, xlabel="epoch")
+    axes[0, 0].legend()
+    for axis, epoch in zip(axes[0, 1:], (5, 10)):
+        row = rows[min(epoch, len(rows)) - 1]
+        figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
+        axis.set_xticks(range(len(names)), names, rotation=30)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"affinity of row on column, epoch {row['epoch']}")
+    common.save_figure(figure, path)
 
 
 def main(argv=None):
-    parser = common.arguments("jscpt", __doc__, PAPER, TINY)
-    says = lambda key: f"(default {PAPER[key]}" + (f"; tiny {TINY[key]})" if key in TINY else ")")
-    parser.add_argument("--upper-every", type=int, metavar="M", help="lower steps between two upper steps " + says("upper_every"))
-    parser.add_argument("--upper-lr", type=float, help="learning rate of alpha and beta " + says("upper_lr"))
-    parser.add_argument("--terms", type=int, metavar="H", help="Hessian products in the Neumann series " + says("terms"))
-    parser.add_argument("--scale", type=float, help="scale of the Neumann series (default: the value of --lr)")
-    for flag, does in (("no-selection", "masks fixed at 0.5"), ("no-prompt-schedule", "weights without the causal effect"),
-                       ("no-task-schedule", "weights without the inter-task affinity"), ("cagrad", "CAGrad instead of the task schedule")):
-        parser.add_argument(f"--{flag}", action="store_true", help=f"{does} (Table 4)")
-    args = common.parse(parser, argv)
-    args.scale = args.lr if args.scale is None else args.scale
-    for key, remedy in dict(upper_every="1 or more", terms="0 or more", upper_lr="a number above 0", scale="a number above 0").items():
-        if not (0 < getattr(args, key) < math.inf or key == "terms" and args.terms == 0):
-            raise common.UserError(f"--{key.replace('_', '-')} {getattr(args, key)} cannot be: give {remedy}")
-    if args.cagrad and args.no_task_schedule:
-        raise common.UserError("--cagrad takes the place of the task schedule already: leave out --no-task-schedule")
-    usual = {**PAPER, **(TINY if args.clip == "tiny" else {}), "scale": args.lr}
-    own = "upper_every upper_lr terms scale no_selection no_prompt_schedule no_task_schedule cagrad".split()
-    args.variant = ", ".join(common.said(key, getattr(args, key)) for key in own if getattr(args, key) != usual.get(key, False)) or None
-    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, plot=common.plot_schedule)
+    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
+    least = dict(upper_every=1, terms=0, dev_shots=1)
+    for key, value in least.items():
+        given = getattr(args, key)
+        if given is not None and given < value:
+            raise common.UserError(
+                f"--{key.replace('_', '-')} {given} is too small: give {value} or more"
+            )
+    for key in ("upper_lr", "scale"):
+        given = getattr(args, key)
+        if given is not None and not 0 < given < math.inf:
+            raise common.UserError(
+                f"--{key.replace('_', '-')} {given} cannot be: give a number above 0"
+            )
+    if args.cagrad and not args.task_schedule:
+        raise common.UserError("--cagrad takes the place of the task schedule already: leave out "
+                               "--no-task-schedule")
+    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, own=True,
+                     prepare=set_aside, plot=plot, tiny=TINY)
 
 
 if __name__ == "__main__":

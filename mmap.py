@@ -1,117 +1,182 @@
 """MmAP: multi-modal alignment prompts, with tasks grouped by their gradients.
 
-Xin, Du, Wang, Yan and Ding, "MmAP: Multi-Modal Alignment Prompt for Cross-Domain Multi-Task Learning", AAAI 2024.
+Xin, Du, Wang, Yan and Ding, "MmAP: Multi-Modal Alignment Prompt for Cross-Domain Multi-Task
+Learning", AAAI 2024.
 
-The idea: (1) a small source prompt a layer makes both the text and the image prompts, as Kronecker products with a scaling
-matrix each, so that the two encoders adapt in step and few numbers are trained, Eq. (6)-(7). (2) A first training of one
-MmAP on all tasks shows whose gradients point the same way, Eq. (8), and tasks are grouped by it. (3) Every group trains an
-MmAP of its own, freshly started, together with one of each task; both stand side by side in every layer, Eq. (9)-(12).
+The idea: (1) in each layer, Kronecker products of one small source prompt with two scaling matrices
+give the text and the image prompts, so that both encoders adapt in step and few parameters are
+trained, Eq. (6)-(7). (2) Training one MmAP on all tasks shows whose gradients point the same way,
+Eq. (8), and the tasks are grouped by it. (3) Each group trains a fresh MmAP of its own together
+with
+one per task; the two stand side by side in every layer of both encoders, Eq. (9)-(12).
 
-    python mmap.py                                                              # built-in benchmark and backbone
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3                  # Table 1
-    python mmap.py --data minidomainnet --split 0.01 --batch-size 4 --seeds 1 2 3   # Table 2
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping none  # Table 3, task-specific only; its other rows:
-                                                            # --no-specific, --grouping random, --grouping all
-    python mmap.py --data officehome --shots 6 --seeds 1 2 3                    # Figure 4 (1, 3, 6, 12 shots)
-    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --prompt mlp --n-ctx 4   # Figure 5 (also: joint)
+    python mmap.py                                                      # built-in benchmark, CPU
+    python mmap.py --data officehome --split 0.1 --seeds 1 2 3          # Table 1
+    python mmap.py --data minidomainnet --split 0.01 --seeds 1 2 3      # Table 2
+    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --grouping none      # Table 3: task-
+                        # specific only; its other rows: --no-specific, --grouping random or all
+    python mmap.py --data officehome --shots 6 --seeds 1 2 3           # Figure 4: 1, 3, 6, 12 shots
+    python mmap.py --data officehome --split 0.1 --seeds 1 2 3 --prompt mlp --n-ctx 4   # Figure 5:
+                        # also --prompt joint and mmap, with the same --n-ctx
+
+paper       code                            paper       code
+P_s         MmAP.P_s [K, m, n]              P_G         Prompts.shared, an MmAP per group
+M_l, M_v    MmAP.M_l, MmAP.M_v              P_T         Prompts.specific, an MmAP per task
+P_l, P_v    text_prompts(), image_prompts() P_glb       P_glb, in measure_similarity
 
 Choices the paper leaves open
-- b = 16, m = b and n = gcd(d_l, d_v) / 2: 24,696 numbers an MmAP at ViT-B/16, 0.12 M for four tasks in one group and 0.15 M
-  in two (the paper: 0.13 M). Eq. (9)-(10) write the factors the other way round than Eq. (6)-(7); this follows (6)-(7).
-- P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of one source.
-- The global MmAP is trained for half of the epochs (rounded up) before the main training, with the same settings; Eq. (8) is
-  taken at every step and averaged.
-- Sec. 3.3 speaks of cosine similarity and prints a dot product, Eq. (8); this follows the equation.
-- "Groups that maximize the total inter-task similarity": at most `--groups` (2) of them, a task's similarity to its group
-  being the mean over the others in it, and 0 for a task alone. With sums, one group of all wins whenever nothing conflicts;
-  TAG, which the paper follows, averages.
-- Where the two encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
-- Random groups are as even as can be. `--prompt` replaces every MmAP (data/prompts.py): `joint` trains text and image prompts without a link,
-  `mlp` makes them of a [b, 256] source by a linear map a modality and layer (3.96 M at b = 4, the paper's number, is one such
-  set; the command trains one a task and one a group).
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps
-  once an epoch, without the warm-up epoch that MaPLe's and CoOp's configurations have.
-- A step takes a batch of every task; an epoch is as long as the largest task needs. Views are fresh every epoch.
+- b = 16, m = b and n = gcd(d_l, d_v) / 2: 24,696 parameters per MmAP at ViT-B/16, 0.12 M for four
+  tasks in one group and 0.15 M in two (the paper: 0.13 M). `--source M N` sets another shape.
+- Sec. 3.2 counts one source prompt for all layers, Sec. 3.3 writes P^k: one per layer, as in 3.3.
+  Eq. (9)-(10) write the Kronecker factors the other way round than Eq. (6)-(7): this follows
+  (6)-(7).
+- Image prompts enter the first layer behind `ln_pre`, as they are (the paper does not say).
+- P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of P_s.
+- P_glb is trained for half of the epochs (rounded up) before the main training, with the same
+  settings; Eq. (8) is taken at every step and averaged. Its random numbers are its own, and it is
+  an MmAP under `--prompt` too, so that no ablation changes the groups.
+- Sec. 3.3 speaks of cosine similarity and prints a dot product, Eq. (8): this follows the equation.
+- "Groups that maximize the total inter-task similarity": at most `--groups` of them, a task's
+  similarity to its group being the mean over the others in it, 0 for a task alone. With plain sums
+  one group of all wins whenever nothing conflicts; TAG, which the paper follows, averages.
+- Where the encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
+- Random groups are as even as can be. `--prompt` replaces the MmAPs of the main training: `joint`
+  trains text and image prompts without a link, `mlp` makes both of a [b, 256] source by a linear
+  map per modality and layer (3.96 M per set at b = 4, the paper's number).
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs
+run),
+  and a cosine that steps once an epoch, without warm-up. Fresh views every epoch.
 """
-import importlib.machinery
-import importlib.util
-import os
-import sys
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
 
 if __name__ == "mmap":
-    # `import mmap`, which torch and numpy say too, means the standard library's module; run from this folder, Python finds
-    # this file first. So hand over the standard one. What follows is then defined once more for nobody, while torch itself may
-    # be half imported: hence no imports then, and nothing below may touch torch outside a function.
-    _elsewhere = [p for p in sys.path if os.path.realpath(p or os.curdir) != os.path.dirname(os.path.realpath(__file__))]
-    _spec = importlib.machinery.PathFinder.find_spec("mmap", _elsewhere)
-    sys.modules["mmap"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["mmap"])
-    nn = type("nn", (), dict(Module=object))
+    # `import mmap`, which torch and numpy say too, means the standard library's module, and Python
+    # finds this file first: hand the other one over. The rest of the file still runs, on a module
+    # that nobody sees and while torch may be half imported: so nothing below uses it at the top.
+    import importlib.machinery
+    import importlib.util
+    import os
+    import sys
+    import types
+    here = os.path.dirname(os.path.realpath(__file__))
+    elsewhere = [path for path in sys.path if os.path.realpath(path or os.curdir) != here]
+    spec = importlib.machinery.PathFinder.find_spec("mmap", elsewhere)
+    sys.modules["mmap"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["mmap"])
+    nn = common = types.SimpleNamespace(Module=object, Args=object)
 else:
-    import math
-    import random
-
     import torch
     from torch import nn
 
     import common
 
-PAPER = dict(                       # Sec. 4.1, "Implementation Details"
-    clip="ViT-B/16",                # "with CLIP (ViT-B/16) chosen as our default model"
-    epochs=5,                       # "train for 5 epochs for Office-Home/MiniDomainNet"
-    lr=0.0035,                      # "We employ the SGD optimizer with a learning rate of 0.0035"
-    batch_size=16,                  # "a batch size of 16/4"
-    n_ctx=16,                       # ours
-    views=0,                        # fresh views every epoch
-    min_crop=0.08,                  # Dassl's random resized crop
-    groups=2,                       # ours: at most so many
-    grouping="gradient",            # Sec. 3.3; the other values are Table 3's
-    prompt="mmap")                  # Sec. 3.2; the other values are Figure 5's
-TINY = dict(epochs=10, lr=0.1, n_ctx=4, min_crop=0.6)       # the built-in backbone's, chosen on fxemoji; 36 patches want fewer prompts
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # Dassl's defaults
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
 
 
-# ------------------------------------------------------------------------------------------------- prompts (Sec. 3.2)
+@dataclass
+class Args(common.Args):
+    """Sec. 4.1, "Implementation Details"."""
+
+    method = "mmap"
+    clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) chosen as our default model"; tiny for built-in data
+    epochs: int = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
+    lr: float = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
+    batch_size: int = 16  # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
+    n_ctx: int = 16  # prompt length b (ours)
+    groups: int = 2  # at most so many groups of tasks (ours)
+    grouping: Literal["gradient", "random", "all", "none"] = "gradient"  # Sec. 3.3; others: Table 3
+    specific: bool = True  # a task-specific MmAP per task; without: Table 3
+    prompt: Literal["mmap", "joint", "mlp"] = "mmap"  # Sec. 3.2; joint and mlp: Figure 5
+    source: tuple[int, int] | None = None  # shape M N of a source prompt (default: b, gcd / 2)
+
+
+TINY = dict(epochs=10, lr=0.1, n_ctx=4, min_crop=0.6)
+OF_DATA = dict(minidomainnet=dict(batch_size=4))
+
+
+# ---------------------------------------------------------------------------- prompts (Sec. 3.2)
 
 class MmAP(nn.Module):
-    """Text and image prompts of K layers from one source prompt a layer, Eq. (6)-(7)."""
+    """Text and image prompts of K layers from one source prompt per layer, Eq. (6)-(7)."""
 
     def __init__(self, n_ctx, d_text, d_image, n_layers, source=None):
-        """source: (m, n), the shape of a source prompt; m divides n_ctx, n both widths. Default (n_ctx, gcd / 2)."""
+        """source: (m, n), the shape of a source prompt; m divides n_ctx, n both widths.
+
+        Default (n_ctx, gcd / 2). Raises ValueError where it does not divide.
+        """
         super().__init__()
         gcd = math.gcd(d_text, d_image)
         m, n = source or (n_ctx, gcd // 2 if gcd % 2 == 0 else gcd)
-        if n_ctx % m or gcd % n:
-            raise ValueError(f"a source prompt of {m} x {n} does not divide prompts of {n_ctx} x {d_text} and {n_ctx} x {d_image}")
+        if min(m, n) < 1 or n_ctx % m or gcd % n:
+            raise ValueError(f"a source prompt of {m} x {n} does not divide prompts of "
+                             f"{n_ctx} x {d_text} and {n_ctx} x {d_image}")
         self.P_s = nn.Parameter(0.02 * torch.randn(n_layers, m, n))
         self.M_l = nn.Parameter(torch.ones(n_layers, n_ctx // m, d_text // n))
         self.M_v = nn.Parameter(torch.ones(n_layers, n_ctx // m, d_image // n))
 
     def text_prompts(self):
-        """P_l [K, b, d_l] = M_l (x) P_s in every layer, Eq. (6)."""
+        """P_l = M_l (x) P_s in every layer, [K, b, d_l], Eq. (6)."""
         return kronecker(self.M_l, self.P_s)
 
     def image_prompts(self):
-        """P_v [K, b, d_v] = M_v (x) P_s in every layer, Eq. (7)."""
+        """P_v = M_v (x) P_s in every layer, [K, b, d_v], Eq. (7)."""
         return kronecker(self.M_v, self.P_s)
 
 
 def kronecker(M, P):
-    """The Kronecker product of M [K, i, j] and P [K, m, n] layer by layer: [K, i m, j n], blocks M_ij P."""
-    return torch.einsum("kij,kmn->kimjn", M, P).flatten(3, 4).flatten(1, 2)
+    """The Kronecker product of M [..., i, j] and P [..., m, n], [..., i m, j n]: blocks M_ij P."""
+    return torch.einsum("...ij,...mn->...imjn", M, P).flatten(-2).flatten(-3, -2)
+
+
+class Joint(nn.Module):
+    """Figure 5a: text and image prompts trained jointly, without a link."""
+
+    def __init__(self, n_ctx, d_text, d_image, n_layers):
+        super().__init__()
+        self.text = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_text))
+        self.image = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_image))
+
+    def text_prompts(self):
+        """[K, b, d_l]"""
+        return self.text
+
+    def image_prompts(self):
+        """[K, b, d_v]"""
+        return self.image
+
+
+class MLP(nn.Module):
+    """Figure 5b: text and image prompts from one source by a linear map per modality and layer."""
+
+    def __init__(self, n_ctx, d_text, d_image, n_layers, width=256):
+        super().__init__()
+        self.source = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, width))
+        self.to_text = nn.ModuleList(nn.Linear(width, d_text) for _ in range(n_layers))
+        self.to_image = nn.ModuleList(nn.Linear(width, d_image) for _ in range(n_layers))
+
+    def text_prompts(self):
+        """[K, b, d_l]"""
+        return torch.stack([layer(source) for layer, source in zip(self.to_text, self.source)])
+
+    def image_prompts(self):
+        """[K, b, d_v]"""
+        return torch.stack([layer(source) for layer, source in zip(self.to_image, self.source)])
 
 
 class Prompts(nn.Module):
-    """What is trained in the end: an MmAP for each group, one for each task, or both side by side, Eq. (9)-(10)."""
+    """What is trained: an MmAP per group, one per task, or both side by side, Eq. (9)-(10)."""
 
     def __init__(self, make, n_tasks, specific):
         """make: a function that returns a new MmAP; specific: whether the tasks have their own."""
         super().__init__()
         self.make = make
-        self.specific = nn.ModuleList(make() for _ in range(n_tasks) if specific)
-        self.shared = nn.ModuleList()
-        self.register_buffer("group_of", torch.full((n_tasks,), -1))            # task -> group, or -1 for none
-        self.register_buffer("similarity", torch.zeros(n_tasks, n_tasks))       # averaged Eq. (8), where it was measured
+        self.specific = nn.ModuleList(make() for _ in range(n_tasks) if specific)       # P_T
+        self.shared = nn.ModuleList()                                                   # P_G
+        self.register_buffer("group_of", torch.full((n_tasks,), -1))        # -1: no group
+        self.register_buffer("similarity", torch.zeros(n_tasks, n_tasks))   # averaged Eq. (8)
 
     def set_groups(self, groups):
         """Give every group of tasks a fresh MmAP."""
@@ -120,33 +185,42 @@ class Prompts(nn.Module):
         self.shared = nn.ModuleList(self.make() for _ in groups)
 
     def load_state_dict(self, saved, **how):
-        """As ever, after making as many shared MmAPs as the saved groups need."""
-        self.set_groups([[]] * (int(saved["group_of"].max()) + 1))
+        """As always, after making as many group-shared MmAPs as the saved groups need."""
+        n_groups = int(saved["group_of"].max()) + 1
+        if len(self.shared) != n_groups:
+            self.set_groups([[]] * n_groups)
         return super().load_state_dict(saved, **how)
 
     def groups(self):
         """The groups as lists of task numbers."""
         return [torch.where(self.group_of == g)[0].tolist() for g in range(len(self.shared))]
 
-    def owners(self):
-        """For each task, the first one that has the same prompts."""
-        return list(range(len(self.group_of))) if self.specific else [int(torch.where(self.group_of == g)[0][0]) for g in self.group_of]
+    def sets(self):
+        """For each task, the first one that has the same prompts: `sets` of `common.Texts`."""
+        if len(self.specific):
+            return list(range(len(self.group_of)))
+        return [int(torch.where(self.group_of == g)[0][0]) for g in self.group_of]
 
     def text_prompts(self):
-        """[P_G, P_T] of every task, [K, N, b or 2b, d_l]."""
-        return self._join([one.text_prompts() for one in self.shared], [one.text_prompts() for one in self.specific])
+        """[P_G, P_T] of every task, [K, N, b or 2b, d_l], Eq. (9)."""
+        return self._concatenate([one.text_prompts() for one in self.shared],
+                                 [one.text_prompts() for one in self.specific])
 
     def image_prompts(self):
-        """[P_G, P_T] of every task, [K, N, b or 2b, d_v]."""
-        return self._join([one.image_prompts() for one in self.shared], [one.image_prompts() for one in self.specific])
+        """[P_G, P_T] of every task, [K, N, b or 2b, d_v], Eq. (10)."""
+        return self._concatenate([one.image_prompts() for one in self.shared],
+                                 [one.image_prompts() for one in self.specific])
 
-    def _join(self, shared, specific):
-        parts = [torch.stack(shared, dim=1)[:, self.group_of]] if shared else []
-        parts += [torch.stack(specific, dim=1)] if specific else []
+    def _concatenate(self, shared, specific):
+        parts = []
+        if shared:
+            parts.append(torch.stack(shared, dim=1)[:, self.group_of])
+        if specific:
+            parts.append(torch.stack(specific, dim=1))
         return torch.cat(parts, dim=2)
 
 
-# ------------------------------------------------------------------------------------------- task grouping (Sec. 3.3)
+# ----------------------------------------------------------------------- task grouping (Sec. 3.3)
 
 def similarity(grads):
     """The dot products [N, N] of the tasks' gradients [N, P], Eq. (8)."""
@@ -154,7 +228,7 @@ def similarity(grads):
 
 
 def benefit(similarity, group):
-    """The sum over the tasks of a group of their mean similarity to the others in it; 0 for a task alone."""
+    """The sum over a group's tasks of their mean similarity to the others; 0 for a task alone."""
     if len(group) == 1:
         return 0.0
     return sum(similarity[i][j] for i in group for j in group if i != j) / (len(group) - 1)
@@ -174,173 +248,175 @@ def partitions(tasks, n_groups):
 
 
 def group_tasks(similarity, n_groups):
-    """The partition of N tasks into at most n_groups groups that "maximize[s] the total inter-task similarity", Sec. 3.3.
+    """The partition of N tasks into at most n_groups groups of the largest total similarity.
 
-    similarity: [N, N], symmetric. Up to 10 tasks all partitions are tried; beyond, the two groups whose union adds most (or
-    costs least) are joined while there are too many groups or joining pays. Returns sorted lists of task numbers.
+    similarity: [N, N], symmetric. Up to 10 tasks all partitions are tried; beyond, the two groups
+    whose union adds most (or costs least) are joined while there are too many groups or joining
+    pays. Returns sorted lists of task numbers.
     """
     similarity = torch.as_tensor(similarity).double().tolist()
     tasks = list(range(len(similarity)))
+
+    def total(groups):
+        return sum(benefit(similarity, group) for group in groups)
+
     if len(tasks) <= 10:
-        groups = max(partitions(tasks, n_groups), key=lambda groups: sum(benefit(similarity, g) for g in groups))
+        groups = max(partitions(tasks, n_groups), key=total)
     else:
         groups = [[i] for i in tasks]
         while len(groups) > 1:
-            gain = lambda a, b: benefit(similarity, a + b) - benefit(similarity, a) - benefit(similarity, b)
-            best, i, j = max((gain(groups[i], groups[j]), i, j) for i in range(len(groups)) for j in range(i))
-            if len(groups) <= n_groups and best < 0:
+            gain, i, j = max((total([groups[i] + groups[j]]) - total([groups[i], groups[j]]), i, j)
+                             for i in range(len(groups)) for j in range(i))
+            if len(groups) <= n_groups and gain < 0:
                 break
-            groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [groups[i] + groups[j]]
+            rest = [group for k, group in enumerate(groups) if k not in (i, j)]
+            groups = [*rest, groups[i] + groups[j]]
     return sorted(sorted(group) for group in groups)
 
 
-def task_gradients(model, texts, shared, batches):
-    """The gradient of every task's loss at one shared MmAP: ([N, P], losses [N]), from one pass through CLIP.
+def measure_similarity(args, model, tasks, run):
+    """Train a global shared MmAP on all tasks and average the snapshots of Eq. (8): [N, N].
 
-    Each task gets its own copy of the prompts, so one backward pass leaves each copy with its task's gradient; the chain rule
-    takes it on through the Kronecker product, which is cheap.
+    Each task gets its own copy of P_glb's parameters, by `expand`, so that one backward pass leaves
+    the tasks' gradients apart; their sum is the gradient that P_glb descends along.
     """
-    made = [shared.text_prompts(), shared.image_prompts()]                      # [K, b, d_l], [K, b, d_v]
-    copies = [x.detach()[:, None].repeat(1, len(batches), 1, 1).requires_grad_() for x in made]
-    losses = common.prompted_losses(model, texts, *copies, batches)
-    grads = torch.autograd.grad(losses.sum(), copies)                           # [K, N, b, d_l], [K, N, b, d_v]
-    rows = [torch.autograd.grad(made, list(shared.parameters()), [g[:, i] for g in grads], retain_graph=True)
-            for i in range(len(batches))]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]), losses.detach()
-
-
-def measure_similarity(args, model, tasks, run, seed, epochs):
-    """Train a global shared MmAP on all tasks, "concurrently", and average the snapshots of Eq. (8): [N, N]."""
-    shared, texts = maker(args, model)(), common.Texts(tasks, args.n_ctx, owners=list(range(len(tasks))))
-    shared.register_buffer("snapshots", torch.zeros(len(tasks), len(tasks), device=model.logit_scale.device))
-    optimizer, schedule = optimizer_of(args, shared, epochs)
-    start = run.restore(seed, prompts=shared, optimizer=optimizer, schedule=schedule)
-    for epoch in common.progress(range(start, epochs), "group"):
-        common.seed_everything(seed, args.epochs + epoch + 1)                   # other batches than the second phase's
-        losses, snapshots = [], []
-        for batches in common.image_batches(model, tasks, args, seed):
-            grads, loss = task_gradients(model, texts, shared, batches)
-            snapshots.append(similarity(grads))
-            for p, g in zip(shared.parameters(), grads.sum(0).split([p.numel() for p in shared.parameters()])):
-                p.grad = g.view_as(p)                                           # the sum of the tasks' gradients
+    run.seed_phase("grouping")
+    N, epochs = len(tasks), math.ceil(args.epochs / 2)
+    P_glb = MmAP(args.n_ctx, *widths(model), args.source)
+    P_glb.register_buffer("total", torch.zeros(N, N))
+    P_glb.register_buffer("steps", torch.zeros(()))
+    P_glb.to(model.logit_scale.device)
+    texts = common.Texts(tasks, args.n_ctx, sets=range(N)).to(model.logit_scale.device)
+    optimizer, schedule = optimizer_of(args, P_glb, epochs)
+    for epoch in run.epochs(
+        "grouping", epochs, P_glb=P_glb, optimizer=optimizer, schedule=schedule
+    ):
+        for images, labels, task in common.batches(args, model, tasks):
+            copies = [p.expand(N, *p.shape) for p in P_glb.parameters()]
+            P_s, M_l, M_v = copies                                              # [N, K, ...]
+            image_prompts = kronecker(M_v, P_s).transpose(0, 1)                 # [K, N, b, d_v]
+            text_prompts = kronecker(M_l, P_s).transpose(0, 1)                  # [K, N, b, d_l]
+            x = common.encode_image(model, images, image_prompts, task)         # [B, D]
+            w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)   # [C, D]
+            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
+            grads = torch.autograd.grad(losses.sum(), copies)                   # each [N, K, ...]
+            P_glb.total += similarity(torch.cat([g.flatten(1) for g in grads], dim=1))
+            P_glb.steps += 1
+            for p, g in zip(P_glb.parameters(), grads):
+                p.grad = g.sum(0)
             optimizer.step()
-            losses.append(loss.sum().item())
+            run.log(loss=losses.sum(), losses=losses)
         schedule.step()
-        shared.snapshots += torch.stack(snapshots).mean(0) / epochs
-        row = dict(phase="grouping", loss=sum(losses) / len(losses))
-        run.checkpoint(seed, epoch + 1, row, prompts=shared, optimizer=optimizer, schedule=schedule)
-    return shared.snapshots
+    return P_glb.total / P_glb.steps
 
 
-# ------------------------------------------------------------------------------- multi-task prompt learning (Sec. 3.3)
-
-def maker(args, model):
-    """A function that returns a new MmAP (or what `--prompt` names) for this backbone."""
-    layers = min(len(model.transformer.resblocks), len(model.visual.transformer.resblocks))
-    d_text, d_image = model.ln_final.weight.shape[0], model.visual.class_embedding.shape[0]
-    kind = dict(mmap=MmAP, joint=common.Joint, mlp=common.MLP)[args.prompt]
-    return lambda: kind(args.n_ctx, d_text, d_image, layers).to(model.logit_scale.device)
-
-
-def build(args, model, tasks):
-    """The untrained prompts of the tasks; those of the groups come with `set_groups` or with a saved state."""
-    return Prompts(maker(args, model), len(tasks), specific=not args.no_specific).to(model.logit_scale.device)
-
-
-def check(args, tasks):
-    """Refuse more groups than tasks."""
-    if args.groups > len(tasks) > 1:
-        raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of --data {args.data}: give fewer")
-
-
-def optimizer_of(args, prompts, epochs):
-    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-
-
-def n_text(args):
-    """How many prompts stand before a class name: the group's, the task's, or both."""
-    return args.n_ctx * ((args.grouping != "none") + (not args.no_specific))
-
-
-def choose_groups(args, tasks, similarity, seed):
+def choose_groups(args, n_tasks, similarity):
     """The groups of tasks, as `--grouping` says."""
-    n_groups, order = min(args.groups, len(tasks)), list(range(len(tasks)))
+    n_groups, order = min(args.groups, n_tasks), list(range(n_tasks))
     if args.grouping == "none":
         return []
     if args.grouping == "all":
         return [order]
     if args.grouping == "random":
-        random.Random(f"{seed}/groups").shuffle(order)
+        random.Random(f"{args.seeds[0]}/groups").shuffle(order)
         return sorted(sorted(order[i::n_groups]) for i in range(n_groups))
     return group_tasks(similarity, n_groups)
 
 
-def train(args, model, tasks, run, seed):
-    """Group the tasks, then train the groups' and the tasks' MmAPs together; returns the trained prompts."""
-    common.seed_everything(seed)
-    first = math.ceil(args.epochs / 2) if args.grouping == "gradient" and len(tasks) > 1 else 0    # epochs of the first phase
-    done, prompts = run.restore(seed), build(args, model, tasks)
-    if done <= first:
-        if first:
-            prompts.similarity = measure_similarity(args, model, tasks, run, seed, first)
-        common.seed_everything(seed, 2 * args.epochs + 2)                       # the start of the second phase, resumed or not
-        prompts.set_groups(choose_groups(args, tasks, prompts.similarity, seed))
-    else:
-        run.restore(seed, prompts=prompts)
-    optimizer, schedule = optimizer_of(args, prompts, args.epochs)
-    if done > first:
-        run.restore(seed, optimizer=optimizer, schedule=schedule)
+# ---------------------------------------------------------- multi-task prompt learning (Sec. 3.3)
+
+def widths(model):
+    """d_l, d_v and the number of layers that have prompts in both encoders."""
+    visual = model.visual
+    layers = min(len(model.transformer.resblocks), len(visual.transformer.resblocks))
+    return len(model.ln_final.weight), len(visual.class_embedding), layers
+
+
+def build(args, model, tasks):
+    """The untrained prompts of the tasks; the groups' come with `set_groups` or a saved state."""
+    def make():
+        kind = dict(mmap=MmAP, joint=Joint, mlp=MLP)[args.prompt]
+        shape = [args.source] if args.prompt == "mmap" else []
+        return kind(args.n_ctx, *widths(model), *shape).to(model.logit_scale.device)
+    try:
+        return Prompts(make, len(tasks), args.specific).to(model.logit_scale.device)
+    except ValueError as error:
+        raise common.UserError(f"--source: {error}") from error
+
+
+def optimizer_of(args, prompts, epochs):
+    """SGD and its cosine schedule, which steps once an epoch."""
+    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=MOMENTUM,
+                                weight_decay=WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
+def n_text(args):
+    """How many prompts stand before a class name: the group's, the task's, or both."""
+    return args.n_ctx * ((args.grouping != "none") + args.specific)
+
+
+def train(args, model, tasks, run):
+    """Group the tasks, then train the groups' and the tasks' MmAPs together."""
+    prompts = build(args, model, tasks)
+    if args.grouping == "gradient" and len(tasks) > 1:
+        prompts.similarity = measure_similarity(args, model, tasks, run)
+    run.seed_phase("train")
+    prompts.set_groups(choose_groups(args, len(tasks), prompts.similarity))
     tell_groups(args, tasks, prompts)
-    texts = common.Texts(tasks, n_text(args), prompts.owners())
-    for epoch in common.progress(range(max(done, first), first + args.epochs), "train"):
-        common.seed_everything(seed, epoch - first + 1)                         # the same batches whatever the grouping
-        losses = []
-        for batches in common.image_batches(model, tasks, args, seed):
-            loss = common.prompted_losses(model, texts, prompts.text_prompts(), prompts.image_prompts(), batches).sum()
+    texts = common.Texts(tasks, n_text(args), prompts.sets()).to(model.logit_scale.device)
+    optimizer, schedule = optimizer_of(args, prompts, args.epochs)
+    for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
+                            schedule=schedule):
+        for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
+            x = common.encode_image(model, images, prompts.image_prompts(), task)           # [B, D]
+            w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
+            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
             optimizer.zero_grad()
-            loss.backward()                 # Eq. (11): a group's MmAP gets the sum of its tasks' gradients; Eq. (12): a task's its own
+            losses.sum().backward()    # P_G: its tasks' gradients, Eq. (11); P_T: its own, Eq. (12)
             optimizer.step()
-            losses.append(loss.item())
+            run.log(loss=losses.sum(), losses=losses)
         schedule.step()
-        row = dict(phase="training", loss=sum(losses) / len(losses))
-        run.checkpoint(seed, epoch + 1, row, prompts=prompts, optimizer=optimizer, schedule=schedule)
     return prompts
 
 
 def tell_groups(args, tasks, prompts):
-    named = "  ".join("[" + ", ".join(tasks[i].name for i in group) + "]" for group in prompts.groups())
+    """Print the groups."""
     if len(tasks) == 1:
-        return print("one task: there is nothing to group")
-    print(f"groups ({args.grouping}): {named or 'none'}", flush=True)
+        print("one task: there is nothing to group")
+        return
+    named = ["[" + ", ".join(tasks[i].name for i in group) + "]" for group in prompts.groups()]
+    print(f"groups ({args.grouping}): {'  '.join(named) or 'none'}", flush=True)
 
 
-def score(args, model, preprocess, tasks, prompts):
-    """Zero-shot CLIP's and the method's accuracy on every task, in per cent; the groups, and the similarity if measured."""
+def score(args, model, tasks, prompts):
+    """The accuracies of zero-shot CLIP and of MmAP, the groups, and the similarity if measured."""
     with torch.no_grad():
-        text_features = common.Texts(tasks, n_text(args), prompts.owners()).encode(model, prompts.text_prompts())
-        image_prompts = prompts.image_prompts()
-    scores = dict(common.score_tasks(model, preprocess, tasks, text_features, image_prompts),
-                  groups=[[tasks[i].name for i in group] for group in prompts.groups()])
-    measured = args.grouping == "gradient" and len(tasks) > 1
-    return dict(scores, similarity=prompts.similarity.tolist()) if measured else scores
+        texts = common.Texts(tasks, n_text(args), prompts.sets())
+        w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
+        scores = common.evaluate(args, model, tasks, texts.classifiers(w), prompts.image_prompts())
+    scores["groups"] = [[tasks[i].name for i in group] for group in prompts.groups()]
+    if args.grouping == "gradient" and len(tasks) > 1:
+        scores["similarity"] = prompts.similarity.tolist()
+    return scores
+
+
+def check(args, tasks):
+    """Refuse more groups than tasks."""
+    if args.groups > len(tasks) > 1:
+        raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
+                               f"--data {args.data}: give fewer")
 
 
 def main(argv=None):
-    parser = common.arguments("mmap", __doc__, PAPER, TINY)
-    parser.add_argument("--groups", type=int, help="at most so many groups of tasks (default 2)")
-    parser.add_argument("--grouping", choices=["gradient", "random", "all", "none"],
-                        help="how tasks are grouped (default gradient); none: task-specific prompts only")
-    parser.add_argument("--no-specific", action="store_true", help="no task-specific prompts, only the groups'")
-    parser.add_argument("--prompt", choices=["mmap", "joint", "mlp"], help="what makes the prompts (default mmap)")
-    args = common.parse(parser, argv)
+    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
     if args.groups < 1:
         raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
-    if args.no_specific and args.grouping == "none":
-        raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of them out")
-    usual = dict(groups=2, grouping="gradient", no_specific=False, prompt="mmap")
-    args.variant = ", ".join(common.said(key, getattr(args, key)) for key in usual if getattr(args, key) != usual[key]) or None
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=True, check=check)
+    if not args.specific and args.grouping == "none":
+        raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of "
+                               "them out")
+    common.run_seeds(args, build, train, score, n_text(args), image_prompts=True, own=True,
+                     check=check, tiny=TINY)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Shared fixtures: the folder on the import path, small random CLIPs, image trees, and no network for any test."""
+"""Shared fixtures: the folder on the import path, small random CLIPs, image trees, and no network
+for any test."""
+
 import json
 import os
 import random
@@ -13,15 +15,46 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 from clip.model import CLIP  # noqa: E402
 
-TINY = dict(embed_dim=32, image_resolution=32, vision_layers=3, vision_width=64, vision_patch_size=8, context_length=77,
-            vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=3)
-VIT_B16 = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16, context_length=77,
-               vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
-RN50 = dict(embed_dim=1024, image_resolution=224, vision_layers=(3, 4, 6, 3), vision_width=64, vision_patch_size=None,
-            context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
+import common  # noqa: E402
+
+TINY = dict(
+    embed_dim=32,
+    image_resolution=32,
+    vision_layers=3,
+    vision_width=64,
+    vision_patch_size=8,
+    context_length=77,
+    vocab_size=49408,
+    transformer_width=64,
+    transformer_heads=1,
+    transformer_layers=3,
+)
+VIT_B16 = dict(
+    embed_dim=512,
+    image_resolution=224,
+    vision_layers=12,
+    vision_width=768,
+    vision_patch_size=16,
+    context_length=77,
+    vocab_size=49408,
+    transformer_width=512,
+    transformer_heads=8,
+    transformer_layers=12,
+)
+RN50 = dict(
+    embed_dim=1024,
+    image_resolution=224,
+    vision_layers=(3, 4, 6, 3),
+    vision_width=64,
+    vision_patch_size=None,
+    context_length=77,
+    vocab_size=49408,
+    transformer_width=512,
+    transformer_heads=8,
+    transformer_layers=12,
+)
 
 
 def random_clip(**shape):
@@ -58,7 +91,7 @@ def refuse(self, *args):
     return connect(self, *args)
 socket.socket.connect = refuse
 """
-exec(NO_NETWORK)                            # every test fails that opens a connection; worker processes use local ones
+exec(NO_NETWORK)  # every test fails that opens a connection; worker processes use local ones
 
 
 def make_tree(root, layout, size=24):
@@ -75,20 +108,34 @@ def make_tree(root, layout, size=24):
 @pytest.fixture
 def tree(tmp_path):
     """Your own data in miniature: 2 domains, 3 classes, 5 images each."""
-    return make_tree(tmp_path / "shapes", {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")})
+    return make_tree(
+        tmp_path / "shapes",
+        {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")},
+    )
 
 
 def run_script(script, *words, cwd=ROOT, timeout=280, **kwargs):
     """A method file as a process, as a user would start it."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(NO_NETWORK)                 # Python runs this in the process first
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                              timeout=timeout, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder), **kwargs)
+        Path(folder, "sitecustomize.py").write_text(
+            NO_NETWORK
+        )  # Python runs this in the process first
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, words)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder),
+            **kwargs,
+        )
 
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """A method file as a command without a process of its own: (script, words) -> (exit code, what it printed, its stderr)."""
+    """A method file as a command without a process of its own: (script, words) -> (exit code, what
+    it printed, its stderr)."""
+
     def call(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         monkeypatch.setattr(common.Run, "latest", None)
@@ -97,6 +144,7 @@ def here(monkeypatch, capsys):
             common.script(common.load_method(script.removesuffix(".py")).main)
             sys.exit(0)
         return stop.value.code, *capsys.readouterr()
+
     return call
 
 
@@ -107,14 +155,26 @@ def numbers(folder):
     return result
 
 
-class Log:
-    """Stands in for the run folder where a test calls `train` itself."""
+class Phases:
+    """Stands in for the run folder where a test calls `train` itself: nothing is written.
 
-    def restore(self, seed, **parts):
-        return 0
+    steps: after how many calls of `log` in a phase the phase ends (None: all its epochs).
+    """
 
-    def checkpoint(self, seed, epoch, row, **parts):
-        self.last = row
+    def __init__(self, n_epochs=None):
+        self.n_epochs, self.logged, self.parts = n_epochs, [], {}
+
+    def seed_phase(self, phase):
+        common.seed_everything("test", phase)
+
+    def epochs(self, phase, n, **parts):
+        self.parts[phase] = parts
+        for epoch in range(n if self.n_epochs is None else min(n, self.n_epochs)):
+            common.seed_everything("test", phase, epoch)
+            yield epoch
+
+    def log(self, **values):
+        self.logged.append(values)
 
 
 def noise(number, size=32):
@@ -123,10 +183,18 @@ def noise(number, size=32):
 
 def small_tasks(*names):
     """Tasks of 3 classes, with 6 training and 6 test images: noise in a colour of the class."""
-    colour = lambda number: Image.new("RGB", (32, 32), ["red", "green", "blue"][number % 10 % 3])
-    read = lambda number: Image.blend(noise(number), colour(number), 0.6)
-    images = lambda first: common.Images(range(first, first + 6), [0, 1, 2, 0, 1, 2], read)
-    return [common.Task(name, ["cup", "hat", "red ball"], "a {}", images(10 * i), images(100 + 10 * i)) for i, name in enumerate(names)]
+
+    def read(number):
+        colour = Image.new("RGB", (32, 32), ["red", "green", "blue"][number % 10 % 3])
+        return Image.blend(noise(number), colour, 0.6)
+
+    def images(first):
+        return common.Images(range(first, first + 6), [0, 1, 2, 0, 1, 2], read)
+
+    return [
+        common.Task(name, ["cup", "hat", "red ball"], "a {}", images(10 * i), images(100 + 10 * i))
+        for i, name in enumerate(names)
+    ]
 
 
 def pytest_configure(config):

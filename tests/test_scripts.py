@@ -1,4 +1,6 @@
-"""Every method file as a user runs it: a process that trains, reports, is killed and resumed, and scores its prompts again."""
+"""Every method file as a user runs it: a process that trains, reports, is killed and resumed, and
+scores its prompts again."""
+
 import csv
 import json
 import os
@@ -10,33 +12,76 @@ import time
 import pytest
 from conftest import ROOT, make_tree, numbers, run_script
 
-import common
-
-METHODS = {         # a method's own words; after how many epochs it is killed; its numbers for 2 tasks at `tiny` with b = 4
+# a method's own words; after how many epochs it is killed; its numbers for 2 tasks at `tiny` with b
+# = 4
+METHODS = {
     "coop_mt": ([], [7], 4 * 128),
     "vpt_mt": ([], [7], 6 * 4 * 192),
     "maple_mt": ([], [7], 6 * (4 * 128 + 128 * 192 + 192)),
     "hipro": ([], [1, 14], 3 * 4 * 128),
-    "mvlpt": ([], [2, 18], 2 * (4 * 128 + 6 * 4 * 192 + 2 * 128 * 128 + 256 + 2 * 128 * 192 + 320 + 198_272)),     # in stage 1, in stage 2
-    "mmap": (["--groups", 1], [1, 10], 3 * 6 * (4 * 32 + 4 + 6)),        # in the grouping phase of seed 1, in the training of seed 2
-    "jscpt": (["--upper-every", 3], [2, 5], 3 * (4 * 128 + 6 * 4 * 192) + 2 * 192 + 2 * 32 * 192 + 32 + 192),
+    "mvlpt": (
+        [],
+        [2, 18],
+        2 * (4 * 128 + 6 * 4 * 192 + 2 * 128 * 128 + 256 + 2 * 128 * 192 + 320 + 198_272),
+    ),  # in stage 1, in stage 2
+    "mmap": (
+        ["--groups", 1],
+        [1, 10],
+        3 * 6 * (4 * 32 + 4 + 6),
+    ),  # in the grouping phase of seed 1, in the training of seed 2
+    "jscpt": (
+        ["--upper-every", 3],
+        [2, 5],
+        3 * (4 * 128 + 6 * 4 * 192) + 2 * 192 + 2 * 32 * 192 + 32 + 192,
+    ),
 }
-OWN_KEYS = {"mmap": {"groups", "similarity"}, "hipro": {"nodes", "affinity"}, "mvlpt": {"groups"},
-            "jscpt": {"alpha", "beta", "effect", "affinity", "phi", "schedule_parameters"}}
-SECONDS = {"coop_mt": 180, "vpt_mt": 300, "maple_mt": 300, "mvlpt": 300, "hipro": 300, "mmap": 300, "jscpt": 480,
-           "mvlpt --transferability": 900}                              # what a script may take on the built-in benchmark
+OWN_KEYS = {
+    "mmap": {"groups", "similarity"},
+    "hipro": {"nodes", "affinity"},
+    "mvlpt": {"groups"},
+    "jscpt": {"alpha", "beta", "effect", "affinity", "phi", "schedule_parameters"},
+}
+SECONDS = {
+    "coop_mt": 180,
+    "vpt_mt": 300,
+    "maple_mt": 300,
+    "mvlpt": 300,
+    "hipro": 300,
+    "mmap": 300,
+    "jscpt": 480,
+    "mvlpt --transferability": 900,
+}  # what a script may take on the built-in benchmark
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("data") / "shapes", {f"{d}/{c}": 12 for d in ("drawn", "painted") for c in ("cup", "hat")})
+    return make_tree(
+        tmp_path_factory.mktemp("data") / "shapes",
+        {f"{d}/{c}": 12 for d in ("drawn", "painted") for c in ("cup", "hat")},
+    )
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def whole(request, shapes, tmp_path_factory):
     """(method, its words, folder of a finished run, what it printed)"""
-    words = ["--data", shapes, "--shots", 8, "--clip", "tiny", "--epochs", 4, "--seeds", 1, 2, "--n-ctx", 4, "--batch-size", 4,
-             *METHODS[request.param][0]]
+    words = [
+        "--data",
+        shapes,
+        "--shots",
+        8,
+        "--clip",
+        "tiny",
+        "--epochs",
+        4,
+        "--seeds",
+        1,
+        2,
+        "--n-ctx",
+        4,
+        "--batch-size",
+        4,
+        *METHODS[request.param][0],
+    ]
     out = tmp_path_factory.mktemp(request.param) / "run"
     done = run_script(f"{request.param}.py", *words, "--out", out, "--plot", cwd=out.parent)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -46,14 +91,27 @@ def whole(request, shapes, tmp_path_factory):
 def test_a_run_reports_in_its_own_folder(whole):
     method, _, out, printed = whole
     result = json.loads((out / "result.json").read_text())
-    assert result["method"] == method and result["tasks"] == ["drawn", "painted"] and result["clip"] == "tiny"
+    assert (
+        result["method"] == method
+        and result["tasks"] == ["drawn", "painted"]
+        and result["clip"] == "tiny"
+    )
     assert (result["split"], result["shots"], result["seeds"]) == (None, 8, [1, 2])
-    assert all(0 <= result["zero_shot"][t] <= 100 and len(result["accuracy"][t]) == 2 for t in result["tasks"])
-    assert result["average"] == pytest.approx([(result["accuracy"]["drawn"][i] + result["accuracy"]["painted"][i]) / 2 for i in range(2)])
+    assert all(
+        0 <= result["zero_shot"][t] <= 100 and len(result["accuracy"][t]) == 2
+        for t in result["tasks"]
+    )
+    assert result["average"] == pytest.approx(
+        [(result["accuracy"]["drawn"][i] + result["accuracy"]["painted"][i]) / 2 for i in range(2)]
+    )
     assert result["trainable_parameters"] == METHODS[method][2] and len(result["seconds"]) == 2
     assert OWN_KEYS.get(method, set()) <= result.keys()
     rows = list(csv.DictReader((out / "log.csv").open()))
-    assert [r["epoch"] for r in rows if r["seed"] == "1"] == [str(i + 1) for i in range(len(rows) // 2)]
+    phases = {(r["seed"], r["phase"]): [] for r in rows}
+    for r in rows:
+        phases[r["seed"], r["phase"]].append(int(r["epoch"]))
+    assert all(epochs == [i + 1 for i in range(len(epochs))] for epochs in phases.values())
+    assert all(1 <= len(json.loads(r["losses"])) <= 2 for r in rows if r["losses"])
     assert (out / "accuracy.png").stat().st_size > 5000 and (out / "loss.png").stat().st_size > 5000
     assert "average" in printed and f"{METHODS[method][2]:,} trainable parameters" in printed
     assert [p.name for p in out.parent.iterdir()] == ["run"]
@@ -64,8 +122,10 @@ def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole, here):
     before = {p: p.read_bytes() for p in out.iterdir()}
     again = run_script(f"{method}.py", "--eval", out / "prompts.pt", cwd=out.parent)
     assert again.returncode == 0, again.stderr
-    table = lambda text: text[text.index("drawn  "):].split("; trained in")[0]
-    assert table(again.stdout[again.stdout.index("zero-shot"):]) == table(printed[printed.index("zero-shot"):])
+    table = lambda text: text[text.index("drawn  ") :].split("; trained in")[0]
+    assert table(again.stdout[again.stdout.index("zero-shot") :]) == table(
+        printed[printed.index("zero-shot") :]
+    )
     (out / "loss.png").unlink()
     code, finished, _ = here(f"{method}.py", "--resume", "--out", out, "--plot")
     assert code == 0 and "had finished" in finished and (out / "loss.png").exists()
@@ -78,9 +138,15 @@ def test_killed_and_resumed_ends_where_it_would_have_ended(whole, tmp_path):
     method, words, out, _ = whole
     for epochs in METHODS[method][1]:
         broken = tmp_path / f"killed-{epochs}"
-        process = subprocess.Popen([sys.executable, str(ROOT / f"{method}.py"), *map(str, words), "--out", str(broken)],
-                                   env=dict(os.environ, CUDA_VISIBLE_DEVICES=""), stdout=subprocess.DEVNULL)
-        while not (broken / "log.csv").exists() or (broken / "log.csv").read_text().count("\n") <= epochs:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / f"{method}.py"), *map(str, words), "--out", str(broken)],
+            env=dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+            stdout=subprocess.DEVNULL,
+        )
+        while (
+            not (broken / "log.csv").exists()
+            or (broken / "log.csv").read_text().count("\n") <= epochs
+        ):
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -92,40 +158,26 @@ def test_killed_and_resumed_ends_where_it_would_have_ended(whole, tmp_path):
         assert (broken / "log.csv").read_text() == (out / "log.csv").read_text()
 
 
-@pytest.mark.parametrize("method, changes, shown", [
-    ("jscpt", {}, ("JSCPT, Table 1", "86.5 ± 0.3")), ("jscpt", dict(variant="with --cagrad"), ("JSCPT, Table 4", "85.6")),
-    ("jscpt", dict(variant="with --scale 1"), None), ("jscpt", dict(lr=0.01), None), ("jscpt", dict(n_ctx=4), None),
-    ("jscpt", dict(batch_size=4), None), ("jscpt", dict(validate=True), None),
-    ("mmap", dict(epochs=5, lr=0.0035), ("MmAP, Table 1", "86.5 ± 0.6")),
-    ("hipro", dict(clip="RN50", epochs=100, lr=0.001, batch_size=20), ("HiPro, Table 1", "78.5 ± 0.2"))])
-def test_a_papers_number_stands_beside_a_run_with_its_settings_and_no_other(capsys, method, changes, shown):
-    tasks = ["Art", "Clipart", "Product", "Real World"]
-    result = dict(method=method, variant=None, data="officehome", split=0.1, shots=None, clip="ViT-B/16", epochs=50, lr=0.0015, batch_size=16,
-                  n_ctx=16, validate=False, seeds=[1], tasks=tasks, zero_shot=dict.fromkeys(tasks, 80.0), accuracy=dict.fromkeys(tasks, [81.0]),
-                  average=[81.0], trainable_parameters=1, clip_parameters=2, seconds=[1.0])
-    common.print_table(dict(result, **changes))
-    printed = capsys.readouterr().out
-    assert all(words in printed for words in shown) if shown else "Table" not in printed
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SECONDS)
 def test_the_built_in_defaults_end_in_time_and_within_2_gb_or_jscpts_3(command, tmp_path):
     method, *words = command.split()
     out, start = tmp_path / "run", time.time()
-    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); " \
-           "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-    done = subprocess.run([sys.executable, "-c", code, f"{method}.py", *words, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{method}.py", *words, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert time.time() - start < SECONDS[command] and int(done.stdout.split("peak")[1]) < (3072 if method == "jscpt" else 2048)
-    assert json.loads((out / "result.json").read_text())["average"][0] > 48     # zero-shot is 53, chance under 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split, gain", [(0.2, 1.5), pytest.param(0.1, 1.5, marks=pytest.mark.xfail(
-    strict=True, reason="wanted 1.5; measured 54.1 ± 1.3 against 53.0, over seeds 1 to 3"))])
-def test_coop_mt_gains_over_zero_shot_on_the_average_of_three_seeds(split, gain, tmp_path):
-    done = run_script("coop_mt.py", "--split", split, "--seeds", 1, 2, 3, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert sum(result["average"]) / 3 > sum(result["zero_shot"].values()) / 4 + gain
+    assert time.time() - start < SECONDS[command] and int(done.stdout.split("peak")[1]) < (
+        3072 if method == "jscpt" else 2048
+    )
+    assert (
+        json.loads((out / "result.json").read_text())["average"][0] > 48
+    )  # zero-shot is 53, chance under 2

@@ -1,0 +1,86 @@
+"""All benchmarks by name; `find` turns one name of `--data` into listings, one per task.
+
+To add a benchmark, write a function of the root folder that returns listings, and name it here.
+"""
+import difflib
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import UserError
+from . import cifar100, coop, domains, emoji, folders
+
+BENCHMARKS = {**emoji.BENCHMARKS, **domains.BENCHMARKS, **cifar100.BENCHMARKS, **coop.BENCHMARKS}
+DOWNLOADS = {**cifar100.DOWNLOADS, **coop.DOWNLOADS}
+
+
+def names_of(data):
+    """The parts of `--data`: a folder (whose name may have a comma), or names joined by commas."""
+    data = str(data)
+    if Path(data).expanduser().is_dir():
+        return [data]
+    return [name.strip() for name in data.split(",")]
+
+
+def absolute(data):
+    """`--data` with its folders absolute and ~ expanded, so that it means the same anywhere."""
+    found = []
+    for name in names_of(data):
+        task, sign, path = name.partition("=")
+        if sign and not Path(name).exists():
+            found.append(f"{task}={Path(path).expanduser().absolute()}")
+        elif name.split(":")[0] not in BENCHMARKS and Path(name).expanduser().exists():
+            found.append(str(Path(name).expanduser().absolute()))
+        else:
+            found.append(name)
+    return ",".join(found)
+
+
+def find(name, root):
+    """The listings of a benchmark's name, `name:PATTERN+PATTERN` for some of its tasks, a tree
+    `domain/class/images`, or `task=path` of a tree `class/images`."""
+    benchmark, _, patterns = name.partition(":")
+    if benchmark in BENCHMARKS:
+        listings = BENCHMARKS[benchmark](root)
+        return chosen(benchmark, listings, patterns.split("+")) if patterns else listings
+    task, sign, path = name.partition("=")
+    if sign and task and path and not Path(name).exists():
+        return [folders.class_tree(task, Path(path).expanduser().absolute())]
+    path = Path(name).expanduser().absolute()
+    if name and path.is_dir():
+        return folders.tree(path)
+    if name and path.exists():
+        raise UserError(f"{path} is a file, and --data takes the name of a benchmark or a folder "
+                        "domain/class/*.jpg")
+    close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.4)
+    hint = "it is no folder, and the benchmarks are"
+    if close:
+        hint = f"did you mean '{close[0]}'? The benchmarks are"
+    raise UserError(f"--data {name or 'of nothing'} is unknown: {hint} {', '.join(BENCHMARKS)}")
+
+
+def chosen(benchmark, listings, patterns):
+    """The listings whose names match one of the patterns (`*` stands for anything)."""
+    picked = []
+    for pattern in patterns:
+        matching = [x for x in listings if fnmatchcase(x.name.lower(), pattern.strip().lower())]
+        if not matching:
+            names = ", ".join(x.name for x in listings)
+            raise UserError(f"{benchmark} has no task '{pattern}': its tasks are {names}")
+        picked += [x for x in matching if x not in picked]
+    return picked
+
+
+def download(names, root):
+    """Fetch benchmarks that torchvision can fetch; refuses before the first what is not to be
+    had."""
+    names = [name.split(":")[0] for name in names]
+    for name in names:
+        if name not in DOWNLOADS:
+            try:
+                find(name, root)
+            except UserError as error:
+                raise UserError(f"--download cannot fetch {name}, only {', '.join(DOWNLOADS)}: the "
+                                "README says where to get the others") from error
+    for name in names:
+        if name in DOWNLOADS:
+            DOWNLOADS[name](root)

@@ -1,0 +1,205 @@
+"""Folders of images and lists of them: what the modules that find benchmarks share."""
+import os
+import re
+import unicodedata
+
+from ..errors import UserError, brief
+from ..images import is_image
+from ..listing import Listing, images_of
+
+
+def spoken(name):
+    """A folder's name as people say it: `Alarm_Clock` is "alarm clock", `AnnualCrop` "annual crop",
+    and `001.Black_footed_Albatross` "black footed albatross"."""
+    name = unicodedata.normalize("NFC", printable(name))
+    name = re.sub(r"^\d{2,}[._]+(?=\D)", "", name)
+    name = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", name)
+    return " ".join(name.replace("_", " ").split()).lower()
+
+
+def plain(name):
+    """A name in small letters and digits."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def printable(name):
+    """A name from the file system without the bytes that are no UTF-8."""
+    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def folders(path):
+    """The folders in a folder, sorted by name, hidden ones left out."""
+    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return sorted(found, key=lambda p: p.name.lower())
+
+
+def images_in(path):
+    """The images in a folder, sorted."""
+    return sorted(p for p in path.iterdir() if is_image(p))
+
+
+def skipped(path):
+    """Notes on what a class folder holds beside images: other files, and images too deep."""
+    other = [p for p in path.iterdir() if p.is_file() and not is_image(p)
+             and not p.name.startswith((".", "Thumbs"))]
+    deep = [p for p in path.glob("*/**/*") if is_image(p)]
+    notes = []
+    if other:
+        notes.append(f"{len(other):,} files in {path} are no images by their ending, such as "
+                     f"{other[0].name}: skipped")
+    if deep:
+        notes.append(f"{len(deep):,} images are in folders below the class folder {path}, such as "
+                     f"{deep[0]}: skipped")
+    return notes
+
+
+def image_depth(path, most=4):
+    """How many folders below `path` most of its images lie (0: in it), or None.
+
+    It tells a level too high or too low; a stray image elsewhere does not count.
+    """
+    level, best, count = [path], None, 0
+    for depth in range(most + 1):
+        found = sum(len(images_in(p)) for p in level)
+        if found > count:
+            best, count = depth, found
+        level = [q for p in level for q in folders(p)]
+    return best
+
+
+def check_folder(path, flag="--data"):
+    """Raise UserError where there is no such folder."""
+    if not path.exists():
+        raise UserError(f"there is no folder {path}: give {flag} one that is there")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file where a folder of images belongs: give {flag} a folder")
+
+
+def elsewhere(root, folder, marks=()):
+    """What --root to give where `folder` is missing in `root` because that is a level or two off.
+
+    marks: files and folders that tell that `root` is the folder itself. "" where it is not so.
+    """
+    here = root.resolve()
+    if here.name == folder or any((root / mark).exists() for mark in marks):
+        return f"{root} is that folder itself, so give --root {here.parent}"
+    if here.parent.name == folder:
+        return f"{root} is inside of that folder, so give --root {here.parent.parent}"
+    inside = [p for p in folders(root) if (p / folder).is_dir()]
+    return f"it is in {inside[0]}, so give --root {inside[0]}" if inside else ""
+
+
+def read_text(path):
+    """The text of a file, a byte order mark left out; UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"{path} cannot be read ({reason}): put the file of the dataset "
+                        "there") from error
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty."""
+    return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def check_there(paths, source):
+    """Refuse a list that names absent images; every folder is read once, and no image is
+    touched."""
+    wanted = {}
+    for path in paths:
+        folder, _, file = path.rpartition("/")
+        wanted.setdefault(folder, []).append(file)
+    absent = []
+    for folder, files in wanted.items():
+        try:
+            there = set(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            there = ()
+        absent += [f"{folder}/{file}" for file in files if file not in there]
+    if absent:
+        raise UserError(
+            f"{source} names {len(absent):,} of {len(paths):,} images that are not there, "
+            f"such as {absent[0]}: unpack the images there"
+        )
+
+
+def label_names(parts, source, names=None):
+    """{label: class name} of the lists in `parts`, added to `names`.
+
+    Raises UserError where a label has two names.
+    """
+    names = {} if names is None else names
+    for items in parts.values():
+        for path, label, name in items:
+            if names.setdefault(label, name) != name:
+                raise UserError(
+                    f"{source} calls label {label} '{name}' ({path}), and elsewhere that "
+                    f"is '{names[label]}': get the file anew"
+                )
+    return names
+
+
+def split_listing(name, template, parts, names, source, draw, lacking=()):
+    """A Listing from a dataset's own split.
+
+    parts: "train", "test" and "val" (as many as it has) -> a list of (path, label, class name);
+    names: label -> class name; source: the file or folder to name in errors; lacking: classes that
+    may do without training images. An image that is listed twice in one part counts once.
+    Raises UserError for absent images, an image in two parts, a class without training or test
+    images.
+    """
+    labels = sorted(names)
+    place = {label: i for i, label in enumerate(labels)}
+    lists, owner, notes, twice = {part: [[] for _ in labels] for part in parts}, {}, [], 0
+    for part, items in parts.items():
+        for path, label, _ in items:
+            if path not in owner:
+                owner[path] = part, label
+                lists[part][place[label]].append(path)
+            elif owner[path] == (part, label):
+                twice += 1
+            else:
+                raise UserError(f"{source} lists {path} twice, in {owner[path][0]} and {part} or "
+                                "with two labels: take one of the lines out")
+    if twice:
+        notes.append(f"{source} lists {twice:,} images twice: counted once")
+    for part, what in dict(train="training", test="test").items():
+        for label, images in zip(labels, lists.get(part, ())):
+            if not images and names[label] not in lacking:
+                raise UserError(
+                    f"class '{names[label]}' of {name} has no {what} image in {source}: "
+                    "get the file anew"
+                )
+    if not labels:
+        raise UserError(f"{source} leaves no image to train on: get the file anew")
+    check_there([path for items in parts.values() for path, _, _ in items], source)
+    return Listing(name, [names[label] for label in labels], template, lists["train"], draw,
+                   test=lists.get("test"), val=lists.get("val"), notes=notes)
+
+
+def compared(listings, title, place, classes, images=None, names=()):
+    """The listings, with a note on the first where they are not what was published.
+
+    classes: per task; images: in all; names: the published class names, to name the missing ones.
+    """
+    found = sum(len(items) for x in listings for items in images_of(x).values())
+    says = []
+    for have, what, published in ((len(listings[0].class_names), "classes", classes),
+                                  (found, "images", images)):
+        if published and have != published:
+            off = "missing" if have < published else "too many"
+            says.append(f"{have:,} {what} where {published:,} were published "
+                        f"({abs(published - have):,} {off})")
+    missing = [name for name in names if name not in listings[0].class_names]
+    if missing:
+        says.append(f"no {', '.join(missing[:10])}{' and so on' * (len(missing) > 10)}")
+    if says:
+        listings[0].notes.append(f"{title} in {place} has {' and '.join(says)}")
+    return listings
+
+
+def unreadable(path, error, what, remedy="get the file anew"):
+    """The UserError of a file that is not what it should be."""
+    return UserError(f"{path} is not {what} ({brief(error)}): {remedy}")

@@ -1,0 +1,32 @@
+"""Errors of a user's making, and warnings, as one line that names the culprit and the remedy."""
+import difflib
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Scripts print its one line and exit with code 2."""
+
+
+@lru_cache
+def warn_once(note):
+    """One line on stderr, and not again for another seed or load."""
+    print(f"warning: {note}", file=sys.stderr)
+
+
+def nearest(word, known):
+    """` (did you mean 'x'?)`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def brief(error):
+    """An exception in one short line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:120]
+
+
+def expand(path):
+    """An absolute path, with ~ expanded."""
+    return Path(path).expanduser().absolute()

@@ -1,0 +1,31 @@
+"""All images of a task before they are split."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .images import read_image
+
+
+@dataclass
+class Listing:
+    """items[k] lists the images of class k; test and val too, where the dataset has them."""
+
+    name: str
+    class_names: list
+    template: str
+    items: list
+    draw: str                   # listings with the same draw (and sizes) split at the same places
+    test: list = None
+    val: list = None
+    metric: str = "accuracy"
+    augment: bool = True        # False: training images are only resized
+    read: Callable = read_image
+    taken: list = field(default_factory=list)       # training images of each class, once divided
+    notes: list = field(default_factory=list)       # what is not as published or asked for
+
+
+def images_of(listing):
+    """All images of a listing, a list per part: train (before the split), val and test."""
+    parts = dict(train=listing.items, val=listing.val, test=listing.test)
+    return {
+        part: [item for items in lists or [] for item in items] for part, lists in parts.items()
+    }

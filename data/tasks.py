@@ -1,0 +1,197 @@
+"""Tasks: found, split into training and test images, with a part held out."""
+import math
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import benchmarks
+from .errors import UserError, warn_once
+from .images import Images
+
+BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
+
+
+@dataclass
+class Task:
+    """One task: images of a domain or a dataset, and the names of their classes in label order."""
+
+    name: str
+    class_names: list
+    template: str               # for zero-shot CLIP and fixed texts, without a full stop
+    train: Images
+    test: Images
+    val: Images = None          # None where the dataset has no validation part of its own
+    metric: str | Callable = "accuracy"     # or "mean per class"
+    augment: bool = True        # False: training images are only resized
+
+
+def load_tasks(data, split=None, shots=None, seed=1, root="data"):
+    """The tasks of a benchmark, a list of Task.
+
+    data: the name of a benchmark (data/README.md lists them) under `root`, `name:PATTERN+PATTERN`
+    for some of its tasks, the path of a tree `domain/class/images`, `name=path` for a tree
+    `class/images` that makes one task, or several of these joined by commas.
+    split: the fraction of each class to train on, max(1, round(split * n)) images; or shots: that
+    many per class. Where a dataset has no test set of its own the rest is it, and with `shots` a
+    class keeps at least a fifth of its images, and one, for it. Neither: every training image.
+    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with
+    the
+    data or the numbers; what is not as published or asked for is one line on stderr.
+    """
+    if split is not None and shots is not None:
+        raise UserError("--split and --shots say the same thing in two ways: give one of them")
+    if split is not None and not 0 < split <= 1:
+        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, "
+                        "such as 0.1")
+    if shots is not None and shots < 1:
+        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
+    listings = find_listings(data, root)
+    tasks = [divide(listing, split, shots, seed) for listing in listings]
+    warn_of_few(listings, shots)
+    for listing in listings:
+        for note in listing.notes:
+            warn_once(note)
+    refuse_both_sides(tasks)
+    return tasks
+
+
+def find_listings(data, root="data", download=False):
+    """All images of every task in `data`, before they are split, as a list of Listing."""
+    names = benchmarks.names_of(data)
+    if download:
+        benchmarks.download(names, Path(root).expanduser())
+    listings = []
+    for name in names:
+        listings += benchmarks.find(name, Path(root).expanduser())
+    seen = set()
+    for listing in listings:
+        if listing.name in seen:
+            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them "
+                            "apart, as in name=path")
+        seen.add(listing.name)
+        check_names(listing)
+    return listings
+
+
+def check_names(listing):
+    """Refuse two labels with one class name: one of them could never be right."""
+    twice = [name for name, n in Counter(listing.class_names).items() if n > 1]
+    if twice:
+        raise UserError(
+            f"two classes of {listing.name} are called '{twice[0]}': join them or rename one"
+        )
+
+
+def divide(listing, split, shots, seed):
+    """The Task of a listing, its images drawn class by class from the seed and the listing's
+    draw."""
+    train, test, taken = [], [], []
+    for label, items in enumerate(listing.items):
+        order = list(range(len(items)))
+        random.Random(f"{seed}/{listing.draw}/{label}").shuffle(order)
+        take = len(items)
+        if split is not None:
+            take = max(1, round(split * len(items)))
+        elif shots is not None:
+            spare = 0 if listing.test else max(1, math.ceil(len(items) / 5))
+            take = min(shots, len(items) - spare)
+        name = f"class '{listing.class_names[label]}' of {listing.name}"
+        if not listing.test and take < 1:
+            raise UserError(
+                f"{name} has {len(items)} image, and --shots needs one to train and one "
+                "to test on: add images or take the class away"
+            )
+        if not listing.test and take == len(items):
+            raise UserError(f"{name} has {len(items)} images, and this split trains on all of them "
+                            "and leaves none to test on: use a smaller --split")
+        train += [(items[i], label) for i in sorted(order[:take])]
+        test += [(items[i], label) for i in sorted(order[take:])]
+        taken.append(take)
+    listing.taken = taken
+    if listing.test:
+        test = [(item, label) for label, items in enumerate(listing.test) for item in items]
+    val = validation(listing, shots, seed)
+    return Task(listing.name, listing.class_names, listing.template, as_images(train, listing),
+                as_images(test, listing), as_images(val, listing) if val else None, listing.metric,
+                listing.augment)
+
+
+def warn_of_few(listings, shots):
+    """One line where classes cannot give `shots` images."""
+    few = [take for x in listings for take in x.taken if shots is not None and take < shots]
+    if few:
+        classes = sum(len(x.taken) for x in listings)
+        tail = "" if all(x.test for x in listings) else ", with some left to test on"
+        warn_once(f"--shots {shots}: {len(few):,} of {classes:,} classes can give fewer, at least "
+                  f"{min(few)}{tail}")
+
+
+def as_images(pairs, listing):
+    """Images from pairs of (item, label)."""
+    return Images([item for item, _ in pairs], [label for _, label in pairs], listing.read)
+
+
+def validation(listing, shots, seed):
+    """The dataset's own validation part; under `shots` at most 4 images per class of it (CoOp)."""
+    pairs = []
+    for label, items in enumerate(listing.val or []):
+        chosen = list(range(len(items)))
+        if shots is not None:
+            random.Random(f"{seed}/{listing.draw}/{label}/val").shuffle(chosen)
+            chosen = sorted(chosen[:min(shots, 4)])
+        pairs += [(items[i], label) for i in chosen]
+    return pairs
+
+
+def refuse_both_sides(tasks):
+    """Raise UserError where a file is trained on and tested on, links resolved."""
+    for task in tasks:
+        sides = [task.train, task.test] + ([task.val] if task.val else [])
+        seen = {}
+        for side, images in zip(("training", "test", "validation"), sides):
+            for path in images.items:
+                if not isinstance(path, (str, Path)):
+                    break
+                real = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
+                if seen.setdefault(real, side) != side:
+                    raise UserError(f"{path} of {task.name} is both a {seen[real]} and a {side} "
+                                    "image: take it out of one")
+
+
+def hold_out(images, seed, fraction=0.2):
+    """Split training images into (rest, held out): `fraction` of them, spread over the classes.
+
+    No class gives more than `fraction` of its images, rounded up, nor its last one: of 5 images per
+    class each gives one, of 2 images 40% of the classes one. Which ones depends on the seed and the
+    labels alone, so tasks with the same labels are divided at the same places. With one image per
+    class nothing can be held out, and the second list is empty.
+    """
+    wanted, places = round(fraction * len(images)), defaultdict(list)
+    for i, label in enumerate(images.labels):
+        places[label].append(i)
+    draw = random.Random(f"{seed}/hold out/{len(images)}")
+    queues = {}
+    for label in sorted(places):
+        most = min(math.ceil(fraction * len(places[label])), len(places[label]) - 1)
+        queues[label] = draw.sample(places[label], most)
+    held = []
+    while len(held) < wanted and any(queues.values()):
+        turn = [label for label in queues if queues[label]]
+        draw.shuffle(turn)
+        turn.sort(key=lambda label: -len(queues[label]))        # the largest classes give first
+        held += [queues[label].pop() for label in turn[:wanted - len(held)]]
+    held = set(held)
+    rest = [i for i in range(len(images)) if i not in held]
+    return images.subset(rest), images.subset(sorted(held))
+
+
+def with_held_out(tasks, seed):
+    """The tasks with `val` set: the dataset's own, or 20% of the training images, held out."""
+    found = []
+    for task in tasks:
+        train, val = (task.train, task.val) if task.val else hold_out(task.train, seed)
+        found.append(replace(task, train=train, val=val))
+    return found

@@ -1,0 +1,259 @@
+"""Images as a person sees them, nothing skipped in silence, no image on two sides."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from clip.clip import _transform
+from conftest import make_tree, noise
+from PIL import Image
+
+import common
+import data
+from data.benchmarks.lists import spoken
+
+
+def read(tmp_path, image, name="x.png", **how):
+    path = tmp_path / name
+    image.save(path, **how)
+    return np.asarray(data.read_image(path))
+
+
+# ------------------------------------------------------------------------------- the right pixels
+
+
+def test_sixteen_bit_grey_is_scaled_by_its_range(tmp_path):
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    for name in ("x.png", "x.tiff"):
+        assert read(tmp_path, Image.fromarray(values), name)[..., 0].tolist() == [
+            [0, 100],
+            [200, 255],
+        ]
+
+
+def test_thirty_two_bit_grey_and_floats_are_scaled_by_theirs(tmp_path):
+    whole = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
+    assert read(tmp_path, whole, "i.tiff")[..., 0].tolist() == [[0, 255]]
+    unit = Image.fromarray(np.array([[0.0, 0.2, 1.0]], dtype=np.float32))
+    assert read(tmp_path, unit, "f.tiff")[..., 0].tolist() == [[0, 51, 255]]
+    signed = Image.fromarray(np.array([[-2.0, 0.0, 2.0]], dtype=np.float32))
+    assert read(tmp_path, signed, "s.tiff")[..., 0].tolist() == [[0, 128, 255]]
+    bytes_ = Image.fromarray(np.array([[0.0, 17.0, 255.0]], dtype=np.float32))
+    assert read(tmp_path, bytes_, "b.tiff")[..., 0].tolist() == [[0, 17, 255]]
+
+
+def test_transparency_is_put_on_white_in_every_mode(tmp_path):
+    """Black under full transparency is white; half transparent black is middle grey."""
+    rgba = Image.fromarray(
+        np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 128]]], dtype=np.uint8)
+    )
+    assert read(tmp_path, rgba)[..., 0].tolist() == [[255, 0, 127]]
+    la = Image.fromarray(np.array([[[0, 0], [0, 255]]], dtype=np.uint8), "LA")
+    assert read(tmp_path, la, "la.png")[..., 1].tolist() == [[255, 0]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 200, 10, 20])
+    palette.putpixel((1, 0), 1)
+    found = read(tmp_path, palette, "p.png", transparency=0)
+    assert found.tolist() == [[[255, 255, 255], [200, 10, 20]]]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    found = read(tmp_path, image, "x.jpg", exif=exif)
+    assert found.shape == (40, 20, 3) and found[:15].min() > 200 and found[25:].max() < 50
+
+
+def test_animations_palettes_and_cmyk_are_converted(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(data.read_image(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
+    assert read(tmp_path, Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "c.jpg").min() > 250
+    assert read(tmp_path, Image.new("1", (2, 2), 1), "one.png").min() == 255
+
+
+def test_what_cannot_be_decoded_is_named(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(common.UserError, match="x.png cannot be decoded as an image"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_evaluation_and_training_show_clips_own_pixels():
+    """`in_order` and `normalise` are the clip package's preprocessing."""
+    images = data.Images(range(3), [0, 1, 2], lambda i: noise(i, 50 + 7 * i).resize((60, 40 + i)))
+    [(pixels, labels)] = data.in_order(images, 32, workers=0)
+    wanted = torch.stack([_transform(32)(images[i][0]) for i in range(3)])
+    assert torch.equal(data.normalise(pixels), wanted) and labels.tolist() == [0, 1, 2]
+
+
+def test_without_augmentation_an_image_is_only_resized():
+    images = data.Images([0], [0], lambda i: noise(i, 50))
+    plain = np.asarray(images[0][0].resize((16, 16), Image.Resampling.BICUBIC))
+    for seed in (1, 2):
+        [(x, _, _)] = data.rendered(
+            [images], [[(0, 0, seed)]], 16, seed, augment=[False], workers=0
+        )
+        assert np.abs(x[0].permute(1, 2, 0).numpy().astype(int) - plain).max() <= 1
+
+
+def test_a_view_depends_on_seed_task_index_and_view_alone():
+    lists = [data.Images([0, 1], [0, 1], lambda i: noise(i, 40)) for _ in range(2)]
+
+    def view(*step, seed=1):
+        [(x, _, _)] = data.rendered(lists, [list(step)], 16, seed, workers=0)
+        return x[-1]
+
+    one = view((0, 1, 7))
+    assert torch.equal(one, view((1, 0, 3), (0, 1, 7)))
+    for other in (view((0, 1, 8)), view((1, 1, 7)), view((0, 1, 7), seed=2)):
+        assert not torch.equal(one, other)
+
+
+def test_workers_hand_over_arrays_and_an_error_as_its_line(tree, monkeypatch):
+    """Tensors would go through shared memory, of which Docker has 64 MB."""
+    from data.images import _Rendered
+
+    [task, _] = data.load_tasks(str(tree), split=0.4)
+    job = _Rendered([task.train], [[(0, 0, 0)]], [lambda image: image], 1)[0]
+    assert isinstance(job[0], np.ndarray) and all(type(x) is list for x in job[1:])
+    task.train.items[0].write_bytes(b"broken")
+    with pytest.raises(common.UserError, match="cannot be decoded"):
+        list(data.rendered([task.train], [[(0, 0, 0)], [(0, 1, 0)]], 16, 1, workers=2))
+
+
+def test_a_worker_that_dies_is_told_in_a_line(tree):
+    [task, _] = data.load_tasks(str(tree), split=0.4)
+
+    def die(path):
+        os._exit(1)
+
+    task.train.read = die
+    with pytest.raises(common.UserError, match="died.*--workers 0"):
+        list(data.rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
+
+
+# ----------------------------------------------------------------------------- folders and names
+
+
+def test_every_ending_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
+    make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 3})
+    for name in ("a.jfif", "b.jpe", "c.ppm", "d.BMP"):
+        noise(9 + len(name) + ord(name[0])).save(
+            tmp_path / "t" / "d" / "cup" / name, "JPEG" if name[2] == "j" else None
+        )
+    (tmp_path / "t" / "d" / "hat" / "notes.txt").write_text("x")
+    (tmp_path / "t" / "d" / "hat" / "deep").mkdir()
+    noise(77).save(tmp_path / "t" / "d" / "hat" / "deep" / "e.png")
+    noise(78).save(tmp_path / "t" / "stray.png")
+    [task] = data.load_tasks(str(tmp_path / "t"), split=0.5)
+    said = capsys.readouterr().err
+    assert len(task.train) + len(task.test) == 9 and task.class_names == ["cup", "hat"]
+    assert "1 files in" in said and "notes.txt" in said
+    assert "1 images are in folders below the class folder" in said
+    assert "1 images lie beside the domains" in said and "stray.png" in said
+
+
+def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, capsys):
+    make_tree(
+        tmp_path / "shapes",
+        {
+            f"{part}/{c}": n
+            for part, n in dict(train=5, val=3, test=4).items()
+            for c in ("cup", "hat")
+        },
+    )
+    for name in (str(tmp_path / "shapes"), f"shapes={tmp_path / 'shapes'}"):
+        [task] = data.load_tasks(name, shots=2)
+        assert task.name == "shapes" and task.class_names == ["cup", "hat"]
+        assert [len(x) for x in (task.train, task.val, task.test)] == [4, 4, 8]
+        assert all("/test/" in str(path) for path in task.test.items)
+    assert "is taken as one task, shapes, with its own split" in capsys.readouterr().err
+    make_tree(tmp_path / "shapes" / "test", {"dog": 1})
+    with pytest.raises(common.UserError, match="other classes .'dog' is in one of them only"):
+        data.load_tasks(str(tmp_path / "shapes"), shots=2)
+
+
+def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path):
+    root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
+    os.symlink(root / "train" / "cup" / "000.png", root / "test" / "cup" / "link.png")
+    with pytest.raises(common.UserError, match="both a training and a test image"):
+        data.load_tasks(str(root), split=1.0)
+
+
+def test_a_class_without_a_test_image_is_refused(tmp_path):
+    make_tree(tmp_path / "t", {"d/cup": 1, "d/hat": 9})
+    with pytest.raises(common.UserError, match="class 'cup' of d .* leaves none to test on"):
+        data.load_tasks(str(tmp_path / "t"), split=0.5)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    make_tree(tmp_path / "t", {"d/red_ball": 2, "d/Red Ball": 2})
+    with pytest.raises(common.UserError, match="both called 'red ball'"):
+        data.load_tasks(str(tmp_path / "t"), split=0.5)
+    listing = data.Listing("x", ["cup", "cup"], "{}", [[1], [2]], "x")
+    with pytest.raises(common.UserError, match="two classes of x are called 'cup'"):
+        data.tasks.check_names(listing)
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("Alarm_Clock", "alarm clock"),
+        ("AnnualCrop", "annual crop"),
+        ("t-shirt", "t-shirt"),
+        ("001.Black_footed_Albatross", "black footed albatross"),
+        ("TV", "tv"),
+        ("707-320", "707-320"),
+        ("iPhone", "iphone"),
+        ("Cafe\u0301", "caf\u00e9"),
+        ("caf\udce9", "caf\ufffd"),
+    ],
+)
+def test_folders_are_called_as_people_call_them(folder, name):
+    assert spoken(folder) == name
+
+
+def test_a_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_tree(tmp_path / "t", {f"{d}/{c}": 3 for d in "ab" for c in ("cup", "hat")})
+    assert [task.name for task in data.load_tasks("~/t", shots=1)] == ["a", "b"]
+    names = data.absolute("x=~/t/a,y=~/t/b")
+    assert names == f"x={tmp_path}/t/a,y={tmp_path}/t/b"
+    assert [task.name for task in data.load_tasks("x=~/t/a,y=~/t/b", shots=1)] == ["x", "y"]
+    monkeypatch.chdir(tmp_path)
+    assert (
+        data.absolute("t") == str(tmp_path / "t")
+        and data.absolute("emoji24:*Food") == "emoji24:*Food"
+    )
+
+
+def test_a_byte_order_mark_and_windows_paths_do_no_harm(tmp_path):
+    from data.benchmarks.coop import coop_split
+    from data.benchmarks.domains import read_list
+
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf" + rb"clipart\cup\1.jpg 0")
+    assert read_list(tmp_path / "l.txt", "root") == [("root/clipart/cup/1.jpg", 0, "cup")]
+    (tmp_path / "s.json").write_bytes(
+        b"\xef\xbb\xbf" + rb'{"train": [["cup\\1.jpg", 0, "cup"]], '
+        rb'"val": [], "test": []}'
+    )
+    assert coop_split(tmp_path / "s.json", "root")["train"] == [("root/cup/1.jpg", 0, "cup")]
+
+
+def test_a_line_that_stands_twice_in_a_split_counts_once_and_two_sides_are_refused(tmp_path):
+    from data.benchmarks.lists import split_listing
+
+    make_tree(tmp_path, {"cup": 4})
+    path = [f"{tmp_path}/cup/00{i}.png" for i in range(4)]
+    parts = dict(
+        train=[(path[0], 0, "cup"), (path[0], 0, "cup"), (path[1], 0, "cup")],
+        test=[(path[2], 0, "cup")],
+    )
+    listing = split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")
+    assert listing.items == [path[:2]] and "lists 1 images twice" in listing.notes[0]
+    parts["test"].append((path[1], 0, "cup"))
+    with pytest.raises(common.UserError, match="lists .*001.png twice, in train and test"):
+        split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")

@@ -1465,7 +1465,7 @@ def save_figure(figure, path, **how):
 
 
 def plot_run(folder, result, rows, plot=None):
-    """accuracy.png (by task), loss.png (by epoch), a figure per matrix, and the method's own."""
+    """accuracy.png, loss.png, losses.png (by task), a figure per matrix, and the method's own."""
     plt, names, width = pyplot(), result["tasks"], 0.4
     figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(names), 4))
     values = [result["accuracy"][name] for name in names]
@@ -1489,11 +1489,32 @@ def plot_run(folder, result, rows, plot=None):
     if 0 < len(curves) < 12:
         axes.legend()
     save_figure(figure, folder / "loss.png", bbox_inches="tight")
+    plot_losses(folder / "losses.png", names, rows)
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
             plot_matrix(folder / f"{key}-{seed}.png", matrix, names, f"{key}, seed {seed}")
     if plot:
         plot(folder, result, rows)
+
+
+def plot_losses(path, names, rows):
+    """The tasks' losses by epoch, a panel per seed and phase that trains all tasks together."""
+    panels = {}
+    for row in rows:
+        losses = json.loads(row.get("losses") or "[]")
+        if len(losses) == len(names):
+            panels.setdefault((row["seed"], row["phase"]), []).append(losses)
+    if not panels:
+        return
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="tight"
+    )
+    for axis, ((seed, phase), losses) in zip(axes[0], panels.items()):
+        for i, name in enumerate(names):
+            axis.plot(range(1, len(losses) + 1), [x[i] for x in losses], label=name)
+        axis.set(title=f"seed {seed}, {phase}", xlabel="epoch", ylabel="training loss")
+    axes[0, 0].legend(fontsize=7)
+    save_figure(figure, path)
 
 
 def plot_matrix(path, matrix, names, title):
@@ -1582,7 +1603,7 @@ def _baseline(name, Args, argv):
     if given.split is None and given.shots is None:
         given.shots = datasets.BUILT_IN.get(given.data.split(":")[0])
     shared = {field.name for field in fields(BaselineArgs)} - {"out"}
-    _validate(Args_of(given, shared))
+    _validate(as_args(given, shared))
     if given.out and (Path(given.out) / "result.json").exists():
         raise UserError(f"--out {given.out} holds another result: choose another folder")
     if given.download:
@@ -1595,7 +1616,7 @@ def _baseline(name, Args, argv):
     return given, tasks, model
 
 
-def Args_of(given, names):
+def as_args(given, names):
     """The settings of a command as those of a method, to be checked alike."""
     return Args(**{name: getattr(given, name) for name in names})
 

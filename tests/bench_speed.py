@@ -60,9 +60,10 @@ def tasks_of(model, n_tasks, n_classes, batch):
 
     tasks = []
     for t in range(n_tasks):
-        labels = [i % n_classes for i in range(5 * batch)]
-        images = common.Images(range(5 * batch * t, 5 * batch * (t + 1)), labels, picture)
-        tasks.append(common.Task(f"task {t}", names, "a photo of a {}", images, images))
+        numbers = range(5 * batch * t, 5 * batch * (t + 1))
+        images = common.Images(numbers, [i % n_classes for i in range(5 * batch)], picture)
+        test = images.subset(range(batch))
+        tasks.append(common.Task(f"task {t}", names, "a photo of a {}", images, test))
     return tasks
 
 

@@ -113,6 +113,7 @@ def test_a_run_reports_in_its_own_folder(whole):
     assert all(epochs == [i + 1 for i in range(len(epochs))] for epochs in phases.values())
     assert all(1 <= len(json.loads(r["losses"])) <= 2 for r in rows if r["losses"])
     assert (out / "accuracy.png").stat().st_size > 5000 and (out / "loss.png").stat().st_size > 5000
+    assert (out / "losses.png").stat().st_size > 5000
     assert "average" in printed and f"{METHODS[method][2]:,} trainable parameters" in printed
     assert [p.name for p in out.parent.iterdir()] == ["run"]
 

@@ -2,7 +2,7 @@
 
     npm install --prefix /tmp/npm @iconify/json emojibase-data openmoji
     pip install resvg-py
-    python data/collect_drawings.py --npm /tmp/npm --out /tmp/tiny/drawings.npz
+    python data/build/collect_drawings.py --npm /tmp/npm --out /tmp/tiny/drawings.npz
 
 None of the four styles of the `emoji` benchmark, and no other edition of one (Noto 1, Fluent 3D,
 Fluent's UI icons), is

@@ -3,20 +3,15 @@ would name.
 
     npm install --prefix /tmp/npm @iconify/json emojibase-data
     pip install resvg-py
-    python data/make_emoji.py --npm /tmp/npm                # writes data/emoji/ and data/contact_sheet.png
+    python data/build/make_emoji.py --npm /tmp/npm      # data/emoji/, data/contact_sheet.png
 
-A task is a drawing style and has one picture: all its drawings, 64 x 64 pixels each, 40 a row, in
-the order of
-`classes.json`, the same in all four. Emoji number i is thus the tile in row i // 40, column i % 40,
-of every style. A fifth style,
-FxEmoji, is stored in the same way beside them (`fxemoji.webp`, `fxemoji.json`), as far as it draws
-the same emoji: settings are
-chosen on it.
+A task is a drawing style and has one picture: all its drawings, 64 x 64 pixels each, 40 per row, in
+the order of `classes.json`, the same in all four. Emoji number i is thus the tile in row i // 40,
+column i % 40, of every style.
 """
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -24,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from collect_drawings import HELD_OUT, SIZE, emoji_index, icon_svgs, render  # noqa: E402
+from collect_drawings import SIZE, icon_svgs, render  # noqa: E402
 
-HERE = Path(__file__).resolve().parent / "emoji"
+HERE = Path(__file__).resolve().parents[1] / "emoji"
 COLUMNS = 40
 STYLES = {
     "Noto": "noto",
@@ -162,28 +157,6 @@ def save_classes(classes, file):
     )
 
 
-def save_fifth_style(npm, classes):
-    """FxEmoji's drawings of the benchmark's emoji, found by name; classes of which it draws fewer
-    than three are left out."""
-    _, index = emoji_index(npm)
-    drawings = {}
-    for key, svg in icon_svgs(npm, HELD_OUT):
-        entry = (
-            index.get(key)
-            or index.get(re.sub(r"-\d+$", "", key))
-            or index.get(key.replace("-", ""))
-        )
-        if entry:
-            drawings.setdefault(entry["hexcode"], svg)
-    found = {
-        name: [x for x in members if x["hexcode"] in drawings] for name, members in classes.items()
-    }
-    found = {name: members for name, members in found.items() if len(members) >= 3}
-    save_sheet([drawings[x["hexcode"]] for members in found.values() for x in members], HELD_OUT)
-    save_classes(found, HELD_OUT)
-    print(HELD_OUT, "draws", sum(map(len, found.values())), "of them in", len(found), "classes")
-
-
 def contact_sheet(classes):
     """A picture of 16 classes, a column each, in the four styles, a row each."""
     shown = list(classes)[::3][:16]
@@ -214,7 +187,10 @@ def main():
     npm = parser.parse_args().npm / "node_modules"
     entries = json.loads((npm / "emojibase-data/en/data.json").read_text())
     groups = json.loads((npm / "emojibase-data/meta/groups.json").read_text())["subgroups"]
-    plain = lambda code: "-".join(p for p in code.lower().split("-") if p != "fe0f")
+
+    def plain(code):
+        return "-".join(p for p in code.lower().split("-") if p != "fe0f")
+
     drawn = {}  # style -> code -> icon name
     for style, prefix in STYLES.items():
         chars = json.loads((npm / f"@iconify/json/json/{prefix}.json").read_text())["chars"]
@@ -238,7 +214,6 @@ def main():
         assert 6 <= len(classes[name]) <= 80, (name, len(classes[name]))
 
     HERE.mkdir(exist_ok=True)
-    save_fifth_style(npm, classes)
     order = [x for members in classes.values() for x in members]
     for style, prefix in STYLES.items():
         svgs = dict(icon_svgs(npm, prefix))

@@ -1,8 +1,8 @@
 """Pretrain `tiny`, a CLIP of 10 M parameters that knows drawings, on the sets that
 `collect_drawings.py` rasterised.
 
-    python data/pretrain_tiny.py --drawings /tmp/tiny/drawings.npz --state /tmp/tiny/state.pt --minutes 100
-    python data/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
+    python data/build/pretrain_tiny.py --drawings /tmp/tiny/drawings.npz --state /tmp/tiny/state.pt --minutes 100
+    python data/build/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
 
 The first line trains, saves its state every few minutes and takes it up again when run again with
 the same words. The learning
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import encode_image, encode_text  # noqa: E402
 
 CONCEPTS, VIEWS, EMOJI_SHARE = 96, 2, 0.65

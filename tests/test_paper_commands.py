@@ -1,0 +1,158 @@
+"""The list of the papers' commands, and what docstrings and the README show, are accepted and run.
+"""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, noise
+
+import common
+from data import benchmarks
+
+METHODS = ["coop_mt", "vpt_mt", "maple_mt", "mvlpt", "hipro", "mmap", "jscpt"]
+COMMANDS = {
+    "check": common.CheckArgs,
+    "zero-shot": common.ZeroShotArgs,
+    "probe": common.BaselineArgs,
+    "table": common.TableArgs,
+    "predict": common.PredictArgs,
+}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIST = (ROOT / "tests" / "paper_commands.txt").read_text(encoding="utf-8").splitlines()
+LIVE = [line for line in LIST if not line.startswith("#")]
+WAITING = [line.removeprefix("# ") for line in LIST if line.startswith("# python ")]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def settings_of():
+    """A command -> (method, settings), as its own parser and checks read it; touches no data."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run_seeds", lambda args, *rest, **named: found.append(args))
+
+        def read(line):
+            python, file, *words = shlex.split(line, comments=True)
+            assert python == "python", line
+            if file == "common.py":
+                return words[0], common._command(words[0], COMMANDS[words[0]], words[1:])
+            common.load_method(file.removesuffix(".py")).main(words)
+            return found[-1].method, found.pop()
+
+        yield read
+
+
+@pytest.fixture(scope="module")
+def listed(settings_of):
+    """Every command of the list: (line, method, settings)."""
+    return [(line, *settings_of(line)) for line in LIVE + WAITING]
+
+
+def commands_in(text):
+    """The commands of a text: indented lines; after a backslash a command goes on."""
+    return re.findall(r"^    (python \w+\.py.*)$", text.replace("\\\n", " "), re.M)
+
+
+def test_every_command_is_accepted_and_has_a_folder_and_settings_of_its_own(listed):
+    folders = {args.out for _, _, args in listed}
+    settings = set()
+    for line, method, args in listed:
+        assert args.seeds == (1, 2, 3) and (args.split or args.shots), line
+        assert " --out runs/papers/" in line
+        shown = {key: value for key, value in vars(args).items() if key not in ("out", "plot")}
+        settings.add(repr((method, shown)))
+    assert len(folders) == len(settings) == len(listed) > 250
+
+
+def test_only_commands_whose_benchmark_is_missing_wait(listed):
+    for line, _, args in listed:
+        names = benchmarks.names_of(args.data)
+        there = all(name in benchmarks.BENCHMARKS for name in names)
+        assert there == (line in LIVE), line
+
+
+def test_a_line_needs_no_quotes_and_a_line_number_finds_a_command():
+    assert all(re.fullmatch(r"python [\w ./+-]+", line) for line in LIVE)
+    assert all(line.startswith(("#", "python ")) for line in LIST)
+
+
+def test_the_commands_fill_every_column_that_is_kept_of_the_papers_tables(listed):
+    """Each column of data/paper_results.json is printed beside the run of some command."""
+    shown = []
+    for _, method, args in listed:
+        if method == "probe":
+            continue
+        settings = dict(vars(args), validate=False)
+        if method in METHODS:
+            settings.update(method=method, variant=common.variant_of(args))
+        else:
+            settings.update(method="zero_shot", clip=args.clip or "ViT-B/16")
+        keys = (*common.SETTINGS, "validate")
+        shown += common.paper_columns({key: settings.get(key) for key in keys})
+    text = (ROOT / "data" / "paper_results.json").read_text(encoding="utf-8")
+    missing = [column for column in json.loads(text)["columns"] if column not in shown]
+    assert [(x["paper"], x["table"], x["column"], x["data"]) for x in missing] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_commands_of_a_docstring_are_accepted(method, settings_of):
+    found = commands_in(common.load_method(method).__doc__)
+    assert len(found) > 2
+    for line in found:
+        settings_of(line)
+
+
+def test_the_commands_of_the_readme_are_accepted(settings_of):
+    found = commands_in(README)
+    assert len(found) > 8
+    for line in found:
+        settings_of(line)
+
+
+def test_the_readmes_links_lead_to_files_and_to_functions_that_exist():
+    links = re.findall(r"\[([^\]]*)\]\(([^)]+)\)", README)
+    assert len(links) > 30
+    for words, target in links:
+        assert (ROOT / target).exists(), target
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", words):
+            assert target == f"{module}.py"
+            source = (ROOT / target).read_text(encoding="utf-8")
+            assert name == "py" or re.search(rf"^(def|class) {name}\b", source, re.M), words
+
+
+def run(folder, *words):
+    """Python as a process, in a folder, with the project on its path."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=""),
+    )
+
+
+def test_the_readmes_own_method_trains_reports_and_scores_again(tmp_path):
+    (tmp_path / "deep_mt.py").write_text(BLOCKS[0])
+    words = ["--data", "emoji24:Noto Food", "--epochs", "1", "--out", "run"]
+    done = run(tmp_path, "deep_mt.py", *words)
+    assert done.returncode == 0 and "deep_mt" in done.stdout, done.stderr
+    again = run(tmp_path, "deep_mt.py", "--eval", "run/prompts.pt")
+    assert again.returncode == 0, again.stderr
+    assert [x for x in done.stdout.splitlines() if x.startswith("Noto Food")] == [
+        x for x in again.stdout.splitlines() if x.startswith("Noto Food")
+    ]
+
+
+def test_the_readmes_lines_of_python_name_a_class(tmp_path):
+    noise(1).save(tmp_path / "drawing.png")
+    out = ["--out", "runs/coop_mt-emoji-6-1"]
+    trained = run(tmp_path, str(ROOT / "coop_mt.py"), "--epochs", "1", "--views", "1", *out)
+    assert trained.returncode == 0, trained.stderr
+    done = run(tmp_path, "-c", BLOCKS[1])
+    names = common.load_tasks("emoji", shots=6)[0].class_names
+    assert done.returncode == 0 and done.stdout.strip() in names, done.stderr

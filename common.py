@@ -1623,7 +1623,7 @@ def as_args(given, names):
 
 def _report(args, method, variant, tasks, model, finished):
     """Print the closing table of a baseline, and keep its result in --out."""
-    settings = dict(asdict(args), method=method, variant=variant, validate=False, batches=None)
+    settings = dict(asdict(args), method=method, variant=variant, validate=False, batches="tasks")
     result = gather(settings, tasks[args.seeds[0]], model, finished)
     if args.out:
         out = datasets.expand(args.out)
@@ -1684,8 +1684,7 @@ def probe(argv):
     """`python common.py probe`: logistic regression on frozen image features, one per task.
 
     As in CLIP's README, by scikit-learn. Its strength C is chosen on the dataset's validation part
-    or
-    on 20% of the training images, held out, by the smallest cross-entropy; never on test images.
+    or on 20% of the training images, held out, by the smallest cross-entropy; never on test images.
     """
     from sklearn.linear_model import LogisticRegression
     args, tasks, model = _baseline("probe", BaselineArgs, argv)

@@ -6,9 +6,8 @@ all tasks") and of HiPro and JSCPT.
 
 The idea: CLIP classifies an image by the cosine between its feature and the text features of the
 class names. Instead of "a photo of a [class]." the text is "[v]_1 [v]_2 ... [v]_b [class].", and
-the
-b vectors are learned by gradient descent through the frozen text encoder. All tasks share them, and
-the loss is the sum of the tasks' cross-entropies. Only the text side is trained.
+the b vectors are learned by gradient descent through the frozen text encoder. All tasks share them,
+and the loss is the sum of the tasks' cross-entropies. Only the text side is trained.
 
     python coop_mt.py                                                           # built-in benchmark
     python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3               # MmAP, Table 1

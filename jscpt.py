@@ -7,9 +7,8 @@ The idea: prompts pick up what merely goes along with a class, and tasks help or
 differently as training goes on. So (1) every task has prompts shared by all beside its own, and a
 mask and a small network select its image features, Eq. (2). (2) A task's weight phi in a step grows
 with what selection gains, the causal effect, Eq. (4), and with how well the other tasks' gradients
-on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6).
-(3) The prompts descend along the weighted gradients, Eq. (9), and every M steps alpha and beta
-along
+on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6). (3)
+The prompts descend along the weighted gradients, Eq. (9), and every M steps alpha and beta along
 the gradient that the loss on held-out images has through the prompts, Eq. (10)-(11): implicit
 differentiation with a truncated Neumann series.
 

@@ -1,8 +1,7 @@
 r"""MaPLe-MT: text prompts in the first layers and image prompts that linear maps make of them.
 
 Khattak, Rasheed, Maaz, Khan and Khan, "MaPLe: Multi-modal Prompt Learning", CVPR 2023; multi-task
-as
-the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "We also construct a multi-task version,
+as the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "We also construct a multi-task version,
 referred to as MaPLE-MT").
 
 The idea: CLIP's two encoders should adapt together. The text encoder gets b learned prompts P_k in

@@ -7,8 +7,7 @@ The idea: (1) in each layer, Kronecker products of one small source prompt with 
 give the text and the image prompts, so that both encoders adapt in step and few parameters are
 trained, Eq. (6)-(7). (2) Training one MmAP on all tasks shows whose gradients point the same way,
 Eq. (8), and the tasks are grouped by it. (3) Each group trains a fresh MmAP of its own together
-with
-one per task; the two stand side by side in every layer of both encoders, Eq. (9)-(12).
+with one per task; the two stand side by side in every layer of both encoders, Eq. (9)-(12).
 
     python mmap.py                                                      # built-in benchmark, CPU
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3          # Table 1

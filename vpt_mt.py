@@ -6,9 +6,8 @@ prompt with samples from all tasks").
 
 The idea: b learned tokens join the image's patches behind the class token, and every layer gets b
 new ones in place of the last layer's. The rest of CLIP stays frozen, the text features come from
-the
-fixed words of the task's template ("a photo of a [class]."), and the loss is the sum over tasks of
-the cross-entropy of CLIP's image-text similarities. The texts are encoded once.
+the fixed words of the task's template ("a photo of a [class]."), and the loss is the sum over tasks
+of the cross-entropy of CLIP's image-text similarities. The texts are encoded once.
 
     python vpt_mt.py                                                            # built-in benchmark
     python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3                # MmAP, Table 1

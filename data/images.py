@@ -163,11 +163,9 @@ def rendered(lists, steps, size, seed, min_crop=0.08, augment=None, workers=None
     """Yield (images uint8 [B, 3, size, size], labels [B], task [B]) for each step of a `plan`.
 
     A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip,
-    under
-    a random state of its own, from the seed, the task, the index and the view: no worker process
-    and
-    no other image has a part in it. Where augment[task] is False an image is only resized.
-    workers: how many processes read; None chooses, 0 works everywhere.
+    under a random state of its own, from the seed, the task, the index and the view: no worker
+    process and no other image has a part in it. Where augment[task] is False an image is only
+    resized. workers: how many processes read; None chooses, 0 works everywhere.
     """
     cropped = transforms.Compose([
         transforms.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),

@@ -33,13 +33,12 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
 
     data: the name of a benchmark (data/README.md lists them) under `root`, `name:PATTERN+PATTERN`
     for some of its tasks, the path of a tree `domain/class/images`, `name=path` for a tree
-    `class/images` that makes one task, or several of these joined by commas.
-    split: the fraction of each class to train on, max(1, round(split * n)) images; or shots: that
-    many per class. Where a dataset has no test set of its own the rest is it, and with `shots` a
-    class keeps at least a fifth of its images, and one, for it. Neither: every training image.
-    The choice depends on the data and the seed only. Raises UserError for whatever is wrong with
-    the
-    data or the numbers; what is not as published or asked for is one line on stderr.
+    `class/images` that makes one task, or several of these joined by commas. split: the fraction of
+    each class to train on, max(1, round(split * n)) images; or shots: that many per class. Where a
+    dataset has no test set of its own the rest is it, and with `shots` a class keeps at least a
+    fifth of its images, and one, for it. Neither: every training image. The choice depends on the
+    data and the seed only. Raises UserError for whatever is wrong with the data or the numbers;
+    what is not as published or asked for is one line on stderr.
     """
     if split is not None and shots is not None:
         raise UserError("--split and --shots say the same thing in two ways: give one of them")

@@ -1,12 +1,11 @@
 """What a training step and an evaluation cost, against the `clip` package's own encoders.
 
     python tests/bench_speed.py                                     # all methods, ViT-B/16
-    python tests/bench_speed.py --method coop_mt mmap --classes 65 345 1000    # growth with classes
-    python tests/bench_speed.py --method coop_mt mmap --tasks 4 10 20           # ... and with tasks
+    python tests/bench_speed.py --method coop_mt mmap --step-only --classes 65 345 1000
+    python tests/bench_speed.py --method coop_mt mmap --step-only --tasks 4 10 20
 
-Random weights of the size of ViT-B/16 (or --clip tiny), 4 tasks of Office-Home's 65 class names,
-4 images per task on a CPU and 16 on a GPU. A row per method: milliseconds of a training step,
-images
+Random weights of the size of ViT-B/16 (or --clip tiny), 4 tasks of Office-Home's 65 class names, 4
+images per task on a CPU and 16 on a GPU. A row per method: milliseconds of a training step, images
 per second in an evaluation, the memory that a step adds to the model's, and each as a ratio to its
 floor. The floor is the `clip` package's own layers over as many rows of as many tokens as the
 method's encoders were given, prompts counted and nothing shared, in the same process and in turns
@@ -213,6 +212,20 @@ def megabytes(device, function):
 def row_of(words, name, n_tasks, n_classes):
     """A method's numbers: [ms, ratio, images per second, ratio, MB, ratio]."""
     bench = Bench(words, name, n_tasks, n_classes)
+    call = [sys.executable, __file__, "--method", name, "--clip", words.clip]
+    call += ["--tasks", str(n_tasks), "--classes", str(n_classes), "--peak"]
+
+    def peak(rows):
+        """The megabytes of a process of its own: of a step, or of the floor's rows."""
+        done = subprocess.run(
+            [*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        return float(done.stdout.split()[-1])
+
+    if words.step_only:
+        _, steps = bench.train(words.repeats + 1)
+        none = float("nan")
+        return [1000 * min(steps[1:]), none, none, none, peak([]), none]
     per_step = [job for job in bench.passes(lambda: bench.train(1)) if job[3]]
     floor, floors = floor_of(bench.model, per_step), []
 
@@ -235,27 +248,7 @@ def row_of(words, name, n_tasks, n_classes):
     if words.device.startswith("cuda"):
         peaks = megabytes(words.device, lambda: bench.train(1)), megabytes(words.device, floor)
     else:
-        call = [
-            sys.executable,
-            __file__,
-            "--method",
-            name,
-            "--clip",
-            words.clip,
-            "--tasks",
-            str(n_tasks),
-            "--classes",
-            str(n_classes),
-            "--peak",
-        ]
-        peaks = [
-            float(
-                subprocess.run(
-                    [*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True, check=True
-                ).stdout
-            )
-            for rows in ([], per_step)
-        ]
+        peaks = peak([]), peak(per_step)
     scored = sum(len(task.test) for task in bench.tasks)
     return [
         1000 * min(steps[1:]),
@@ -277,6 +270,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--classes", type=int, nargs="+", default=[65])
     parser.add_argument("--tasks", type=int, nargs="+", default=[4])
+    parser.add_argument("--step-only", action="store_true", help="time and memory, no ratios")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.peak:  # a process of its own for the memory: of a step, or of the floor's rows

@@ -5,11 +5,9 @@
     python data/build/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
 
 The first line trains, saves its state every few minutes and takes it up again when run again with
-the same words. The learning
-rate follows the clock (warm-up, then a cosine over `--minutes`, counted over all runs), so the
-length of the training is known
-beforehand. The second writes the averaged weights in half precision, the format that
-`clip.load(path)` reads.
+the same words. The learning rate follows the clock (warm-up, then a cosine over `--minutes`,
+counted over all runs), so the length of the training is known beforehand. The second writes the
+averaged weights in half precision, the format that `clip.load(path)` reads.
 
 A step takes `CONCEPTS` concepts and two drawings of each, in different sets where there are two,
 under one caption: the two

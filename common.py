@@ -90,7 +90,22 @@ def load_clip(name, device="cpu"):
         raise UserError(f"{path} is not a CLIP checkpoint that clip.load can read "
                         f"({_unreadable(error)}): give a TorchScript archive as OpenAI ships them, "
                         "or the state dict of such a model saved with torch.save") from error
-    return model.float().eval().requires_grad_(False).to(device), preprocess
+    model = model.float()
+    if name not in clip.available_models() and name != "tiny":
+        model.load_state_dict(_full_precision(path), strict=False)
+    return model.eval().requires_grad_(False).to(device), preprocess
+
+
+def _full_precision(path):
+    """The weights of a checkpoint as they are stored; clip.load rounds them to half precision."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        except RuntimeError:                # no TorchScript archive
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    sizes = ("input_resolution", "context_length", "vocab_size")
+    return {key: value for key, value in state.items() if key not in sizes}
 
 
 def check_clip(name):

@@ -1,11 +1,11 @@
 """Is a benchmark complete, and can its images be read? The work of `python common.py check`."""
-from collections import Counter
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
 from .errors import UserError
 from .images import Images
-from .listing import images_of
+from .listing import file_of, images_of
 from .tasks import find_listings
 
 
@@ -52,10 +52,16 @@ def table(listings):
 
 
 def gaps(listing):
-    """What is odd about the lists: an image that is listed twice."""
-    count = Counter(str(item) for items in images_of(listing).values() for item in items
-                    if isinstance(item, str) or hasattr(item, "suffix"))
-    return [f"{path} is listed {n} times in {listing.name}" for path, n in count.items() if n > 1]
+    """What is odd about the lists: an image that is there twice, by a link or in two lists."""
+    seen, found = {}, []
+    for items in images_of(listing).values():
+        for path in items:
+            if isinstance(path, (str, Path)):
+                file = file_of(path)
+                if file in seen:
+                    found.append(f"{path} of {listing.name} is the image {seen[file]} once more")
+                seen.setdefault(file, path)
+    return found
 
 
 class _Decoded(Images):

@@ -30,17 +30,26 @@ def read_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow warns of damage first
             with Image.open(path) as image:
-                return rgb(ImageOps.exif_transpose(image))
+                image.load()
+                return rgb(upright(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} cannot be decoded as an image ({brief(error)}): replace it or take it away"
         ) from error
 
 
+def upright(image):
+    """An image with its EXIF orientation applied; damaged EXIF data count as none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # Pillow raises SyntaxError, struct.error, TypeError and others for them
+        return image
+
+
 def rgb(image):
     """A PIL image of any mode in RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(eight_bits(np.asarray(image, dtype=np.float64))).convert("RGB")
+        return Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -51,13 +60,13 @@ def rgb(image):
 def eight_bits(values):
     """Grey values of 16 bits, 32 bits or floats as uint8, scaled by their range.
 
-    0..1 floats are scaled by 255, what exceeds 255 as 16 bits by 65535; all else that leaves 0..255
-    by its own minimum and maximum.
+    Floats in 0..1 are scaled by 255, what exceeds 255 as 16 bits by 65535; all else that leaves
+    0..255 by its own minimum and maximum.
     """
-    values = np.nan_to_num(values)
+    floats = values.dtype.kind == "f"
+    values = np.nan_to_num(values.astype(np.float64))
     low, high = values.min(), values.max()
-    whole = bool((values == np.round(values)).all())
-    if low >= 0 and high <= 1 and not whole:
+    if floats and low >= 0 and high <= 1:
         values = values * 255
     elif 0 <= low and 255 < high <= 65535:
         values = values / 257
@@ -237,27 +246,16 @@ def _loaded(jobs, lists, workers):
             if isinstance(item, str):
                 raise UserError(item)
             yield item
-    except RuntimeError as error:
-        if workers and "worker" in str(error):
+    except (RuntimeError, OSError) as error:
+        if workers and (isinstance(error, OSError) or "worker" in str(error)):
             raise UserError(f"the processes that read images died ({brief(error)}): give "
                             "--workers 0") from error
         raise
 
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-ENDINGS -= {
-    ".pdf",
-    ".eps",
-    ".ps",
-    ".mpg",
-    ".mpeg",
-    ".h5",
-    ".hdf",
-    ".grib",
-    ".bufr",
-    ".fits",
-    ".fit",
-}
+# no pictures, or readable on Windows alone
+ENDINGS -= set(".pdf .eps .ps .mpg .mpeg .h5 .hdf .grib .bufr .fits .fit .emf .wmf".split())
 
 
 def is_image(path):

@@ -1,4 +1,5 @@
 """All images of a task before they are split."""
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,15 @@ class Listing:
     read: Callable = read_image
     taken: list = field(default_factory=list)       # training images of each class, once divided
     notes: list = field(default_factory=list)       # what is not as published or asked for
+
+
+def file_of(path):
+    """What tells one file from another, whichever links lead to it."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.fspath(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def images_of(listing):

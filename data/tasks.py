@@ -1,6 +1,5 @@
 """Tasks: found, split into training and test images, with a part held out."""
 import math
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from . import benchmarks
 from .errors import UserError, warn_once
 from .images import Images
+from .listing import file_of
 
 BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
 
@@ -146,18 +146,28 @@ def validation(listing, shots, seed):
 
 
 def refuse_both_sides(tasks):
-    """Raise UserError where a file is trained on and tested on, links resolved."""
+    """Raise UserError where one task is trained on and tested on one image, links resolved. Where
+    it is a training image of another task, one line on stderr."""
+    trained, tested = {}, []
     for task in tasks:
-        sides = [task.train, task.test] + ([task.val] if task.val else [])
         seen = {}
-        for side, images in zip(("training", "test", "validation"), sides):
-            for path in images.items:
-                if not isinstance(path, (str, Path)):
+        sides = dict(training=task.train, test=task.test, validation=task.val)
+        for side, images in sides.items():
+            for item in images.items if images else ():
+                if not isinstance(item, (str, Path, tuple)):
                     break
-                real = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
-                if seen.setdefault(real, side) != side:
-                    raise UserError(f"{path} of {task.name} is both a {seen[real]} and a {side} "
+                image = item if isinstance(item, tuple) else file_of(item)
+                if seen.setdefault(image, side) != side:
+                    raise UserError(f"{item} of {task.name} is both a {seen[image]} and a {side} "
                                     "image: take it out of one")
+                if side == "training":
+                    trained.setdefault(image, task.name)
+                elif side == "test":
+                    tested.append((image, task.name))
+    shared = [(name, trained[image]) for image, name in tested if trained.get(image, name) != name]
+    if shared:
+        warn_once(f"{len(shared):,} test images are training images of another task, such as one "
+                  f"of {shared[0][0]} in {shared[0][1]}: prompts that tasks share have seen them")
 
 
 def hold_out(images, seed, fraction=0.2):

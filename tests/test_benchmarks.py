@@ -14,7 +14,7 @@ from conftest import noise, run_script
 from PIL import Image
 
 import common
-import data as datasets
+from data import UserError, find_listings, load_tasks
 from data.benchmarks import coop as module
 
 MINI = ["clipart", "painting", "real", "sketch"]
@@ -36,7 +36,7 @@ def items(images):
 def same_at_a_seed(data, root, **size):
     """Same seed, same images; another seed, others; training and test images apart. Returns the
     tasks of seed 1."""
-    first, again, other = (common.load_tasks(data, seed=s, root=root, **size) for s in (1, 1, 2))
+    first, again, other = (load_tasks(data, seed=s, root=root, **size) for s in (1, 1, 2))
     assert [(items(t.train), items(t.test)) for t in first] == [
         (items(t.train), items(t.test)) for t in again
     ]
@@ -47,8 +47,7 @@ def same_at_a_seed(data, root, **size):
     return first
 
 
-# --------------------------------------------------------------------------------------------------
-# ----------- DomainNet
+# ------------------------------------------------------------ DomainNet
 
 CLASSES = {7: "The_Eiffel_Tower", 20: "alarm_clock", 327: "t-shirt"}
 
@@ -96,7 +95,7 @@ def test_domainnet_is_a_task_a_domain_with_its_own_test_images(
         for part, images in (("train", t.train), ("test", t.test)):
             for path, label in items(images):
                 assert f"/{t.name.lower()}/" in path and f"_{part}_{[7, 20, 327][label]}_" in path
-    assert [len(t.train) for t in common.load_tasks(data, root=tmp_path / root)] == [
+    assert [len(t.train) for t in load_tasks(data, root=tmp_path / root)] == [
         30 if d == "infograph" else 24 for d in domains
     ]
 
@@ -110,19 +109,19 @@ def test_painting_has_no_t_shirt_to_train_on_as_published(tmp_path, size):
     domainnet(tmp_path / "domainnet", ALL, "splits")
     for part in ("train", "test"):
         without(tmp_path / "domainnet" / "splits" / f"painting_{part}.txt", "t-shirt")
-        painting = common.load_tasks("domainnet", root=tmp_path, **size)[2]
+        painting = load_tasks("domainnet", root=tmp_path, **size)[2]
         assert painting.class_names[2] == "t-shirt" and set(painting.train.labels) == {0, 1}
     without(tmp_path / "domainnet" / "splits" / "real_train.txt", "t-shirt")
     with pytest.raises(
-        common.UserError, match="class 't-shirt' of Real has no training image in .*real"
+        UserError, match="class 't-shirt' of Real has no training image in .*real"
     ):
-        common.load_tasks("domainnet", root=tmp_path, **size)
+        load_tasks("domainnet", root=tmp_path, **size)
 
 
 def line_of(data, root, **size):
     """The line with which a benchmark is refused."""
-    with pytest.raises(common.UserError) as refused:
-        common.load_tasks(data, root=root, **(size or dict(shots=1)))
+    with pytest.raises(UserError) as refused:
+        load_tasks(data, root=root, **(size or dict(shots=1)))
     line = str(refused.value)
     assert line.isprintable()
     return line
@@ -184,11 +183,10 @@ def test_a_root_at_the_wrong_level_of_domainnet_names_the_right_one(tmp_path, ro
     line = line_of("minidomainnet", tmp_path / root)
     says(line, tmp_path / root, f"give --root {tmp_path / remedy}" if remedy else "--root")
     if remedy:
-        common.load_tasks("minidomainnet", shots=1, root=tmp_path / remedy)
+        load_tasks("minidomainnet", shots=1, root=tmp_path / remedy)
 
 
-# --------------------------------------------------------------------------------------------------
-# ------ CoOp's $DATA
+# ------------------------------------------------------------ CoOp's $DATA
 
 # name: (task, template, folder of the images, split, an image of class k, class names as in the
 # split)
@@ -333,7 +331,7 @@ def test_a_dataset_of_coops_has_its_split_its_names_and_its_template(tmp_path, n
         }
     assert (
         task.test[0][0].size == (8, 8)
-        and len(common.load_tasks(name, root=tmp_path)[0].train) == 12
+        and len(load_tasks(name, root=tmp_path)[0].train) == 12
     )
 
 
@@ -347,9 +345,9 @@ def test_aircraft_reads_its_own_lists_in_the_order_of_the_variants(tmp_path, pla
     assert task.template == "a photo of a {}, a type of aircraft" and [
         len(x) for x in (task.train, task.val, task.test)
     ] == [6, 6, 9]
-    first = min(common.load_tasks("fgvc_aircraft", root=tmp_path)[0].train.items)
+    first = min(load_tasks("fgvc_aircraft", root=tmp_path)[0].train.items)
     assert first.endswith("/images/1000001.jpg") and (first, 2) in items(
-        common.load_tasks("fgvc_aircraft", root=tmp_path)[0].train
+        load_tasks("fgvc_aircraft", root=tmp_path)[0].train
     )
 
 
@@ -388,17 +386,17 @@ def test_coop10_and_coop11_are_all_of_them_and_a_list_joins_any(tmp_path):
     for name in COOP:
         coop(tmp_path, name)
     aircraft(tmp_path / "fgvc_aircraft")
-    ten = common.load_tasks("coop10", shots=1, root=tmp_path)
+    ten = load_tasks("coop10", shots=1, root=tmp_path)
     assert {t.name for t in ten} == {task for task, *_ in COOP.values()} | {"FGVCAircraft"} and len(
         ten
     ) == 10
     says(line_of("coop11", tmp_path), tmp_path / "imagenet" / "classnames.txt", "ImageNet")
     imagenet(tmp_path / "imagenet")
-    assert [t.name for t in common.load_tasks("coop11", shots=1, root=tmp_path)] == [
+    assert [t.name for t in load_tasks("coop11", shots=1, root=tmp_path)] == [
         t.name for t in ten
     ] + ["ImageNet"]
     domainnet(tmp_path / "domainnet", MINI, "splits_mini", 2, 1)
-    mixed = common.load_tasks("dtd, minidomainnet ,eurosat", shots=1, root=tmp_path)
+    mixed = load_tasks("dtd, minidomainnet ,eurosat", shots=1, root=tmp_path)
     assert [t.name for t in mixed] == ["DTD", "Clipart", "Painting", "Real", "Sketch", "EuroSAT"]
 
 
@@ -429,6 +427,52 @@ def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
         says(line_of("dtd", tmp_path), split, "not a split of CoOp's")
 
 
+def test_lines_that_stand_twice_in_a_split_of_coops(tmp_path, capsys):
+    """Twice on one side counts once and is told; on two sides or with two labels is refused."""
+    split = coop(tmp_path, "dtd")
+    edit(split, lambda s: s["train"].extend(s["train"][:2]))
+    [task] = load_tasks("dtd", root=tmp_path)
+    assert len(task.train) == len(set(task.train.items)) == 12
+    says(capsys.readouterr().err, split, "lists 2 images twice: counted once")
+    edit(split, lambda s: s["test"].append(s["train"][0]))
+    says(line_of("dtd", tmp_path), split, "banded_0001.jpg twice, in train and test")
+    edit(split, lambda s: s["test"].pop())
+    edit(split, lambda s: s["train"].append([s["train"][0][0], 1, "blotchy"]))
+    says(line_of("dtd", tmp_path), split, "banded_0001.jpg twice", "with two labels")
+
+
+def test_a_link_in_another_part_of_a_split_is_refused(tmp_path):
+    split = coop(tmp_path, "dtd")
+    folder = tmp_path / "dtd" / "images"
+    (folder / "link.jpg").symlink_to(folder / json.loads(split.read_text())["train"][0][0])
+    edit(split, lambda s: s["val"].append(["link.jpg", 0, "banded"]))
+    says(line_of("dtd", tmp_path, split=1.0), "link.jpg", "both a training and a validation image")
+
+
+def dos(path):
+    """A list as Windows programs save it: a byte order mark, backslashes, two-byte line ends."""
+    text = path.read_text()
+    text = text.replace("/", "\\\\" if path.suffix == ".json" else "\\")
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+
+
+def test_lists_from_windows_are_read(tmp_path):
+    dos(coop(tmp_path, "dtd"))
+    imagenet(tmp_path / "imagenet")
+    dos(tmp_path / "imagenet" / "classnames.txt")
+    for path in domainnet(tmp_path / "domainnet", MINI, "splits_mini").rglob("*.txt"):
+        dos(path)
+    aircraft(tmp_path / "fgvc_aircraft")
+    for path in (tmp_path / "fgvc_aircraft").glob("images_*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    tasks = load_tasks("dtd,imagenet,minidomainnet,fgvc_aircraft", shots=1, root=tmp_path)
+    assert tasks[0].class_names == ["banded", "blotchy"] and tasks[1].class_names[0] == "tench"
+    assert tasks[2].class_names == ["the eiffel tower", "alarm clock", "t-shirt"]
+    assert tasks[-1].class_names == ["707-320", "A330-200", "F-16A/B"]
+    for task in tasks:
+        assert task.test[0][0].size == (8, 8)
+
+
 @pytest.mark.parametrize("name", [*COOP, "fgvc_aircraft", "imagenet"])
 def test_a_missing_dataset_says_what_belongs_where(tmp_path, name):
     needs = {"fgvc_aircraft": "fgvc_aircraft/variants.txt", "imagenet": "imagenet/classnames.txt"}
@@ -452,8 +496,7 @@ def test_variants_and_lists_of_aircraft_that_disagree_are_named(tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# -------- torchvision
+# ------------------------------------------------------------ torchvision
 
 
 def tv_pets(root):
@@ -594,7 +637,7 @@ def test_a_dataset_in_torchvisions_layout_has_its_official_split_and_clips_names
     name, root, names, sizes = official
     (task,) = same_at_a_seed(name, root, split=0.5)
     assert task.class_names == names and (task.name, task.template) == COOP[name][:2]
-    pool = datasets.find_listings(name, root)[0]
+    pool = find_listings(name, root)[0]
     assert [len(x) for x in pool.items] == [sizes["train"] // len(names)] * len(names)
     assert (len(task.val) if task.val else 0) == sizes.get("val", 0)
     assert len(task.train) == sizes["train"] // 2 and len(task.test) == sizes.get(
@@ -608,7 +651,7 @@ def test_labels_of_torchvisions_layouts_are_those_of_the_files(tmp_path):
     """A label against the folder or the name of its image, where these tell."""
     for name in ("oxford_pets", "dtd", "food101", "eurosat"):
         TORCHVISION[name](tmp_path)
-        (task,) = common.load_tasks(name, split=0.5, root=tmp_path)
+        (task,) = load_tasks(name, split=0.5, root=tmp_path)
         for path, label in items(task.train) | items(task.test):
             own = (
                 path.split("/")[-1].rpartition("_")[0]
@@ -644,7 +687,7 @@ def test_lists_in_torchvisions_layout_without_their_images_are_refused(official)
 def test_coops_split_comes_before_torchvisions(tmp_path):
     tv_food(tmp_path)
     coop(tmp_path, "food101")
-    assert len(common.load_tasks("food101", shots=1, root=tmp_path)[0].val) == 2
+    assert len(load_tasks("food101", shots=1, root=tmp_path)[0].val) == 2
 
 
 def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch):
@@ -655,9 +698,9 @@ def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch
             tv_dtd(tmp_path)
 
     monkeypatch.setattr(DTD, "_download", fetch)
-    assert len(datasets.find_listings("dtd", tmp_path, download=True)) == 1
-    with pytest.raises(common.UserError, match="--download cannot fetch stanford_cars"):
-        datasets.find_listings("food101,stanford_cars", tmp_path, download=True)
+    assert len(find_listings("dtd", tmp_path, download=True)) == 1
+    with pytest.raises(UserError, match="--download cannot fetch stanford_cars"):
+        find_listings("food101,stanford_cars", tmp_path, download=True)
     assert not (tmp_path / "food-101").exists()
 
     def unreachable(self):
@@ -665,17 +708,16 @@ def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch
 
     monkeypatch.setattr(DTD, "_download", unreachable)
     with pytest.raises(
-        common.UserError, match="DTD cannot be downloaded .no route to host.: put it into"
+        UserError, match="DTD cannot be downloaded .no route to host.: put it into"
     ):
-        datasets.find_listings("dtd", tmp_path, download=True)
+        find_listings("dtd", tmp_path, download=True)
     coop(tmp_path, "dtd")
     assert (
-        len(datasets.find_listings("dtd", tmp_path, download=True)) == 1
+        len(find_listings("dtd", tmp_path, download=True)) == 1
     )  # CoOp's layout: nothing to fetch
 
 
-# ----------------------------------------------------------------------------------------------
-# counts, and `check`
+# ------------------------------------------------------------ counts, and `check`
 
 
 def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, capsys):
@@ -683,7 +725,7 @@ def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, 
         for i in range(5):
             put(tmp_path / domain / "Alarm_Clock" / f"{i}.jpg")
     for seed in (1, 2):
-        common.load_tasks("officehome", split=0.5, seed=seed, root=tmp_path)
+        load_tasks("officehome", split=0.5, seed=seed, root=tmp_path)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("warning: ")
     says(
@@ -697,7 +739,7 @@ def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, 
         "chair and so on",
     )
     domainnet(tmp_path / "domainnet", MINI, "splits_mini", 2, 1)
-    common.load_tasks("minidomainnet", split=0.5, root=tmp_path)
+    load_tasks("minidomainnet", split=0.5, root=tmp_path)
     says(
         capsys.readouterr().err[:-1],
         "miniDomainNet",
@@ -708,7 +750,7 @@ def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, 
 def test_a_whole_dataset_brings_no_warning(tmp_path, capsys, monkeypatch):
     coop(tmp_path, "dtd")
     monkeypatch.setitem(module.DATASETS, "dtd", replace(module.DATASETS["dtd"], classes=2))
-    common.load_tasks("dtd", shots=1, root=tmp_path)
+    load_tasks("dtd", shots=1, root=tmp_path)
     assert not capsys.readouterr().err
 
 
@@ -728,7 +770,7 @@ def test_a_whole_dataset_brings_no_warning(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_the_class_names_that_are_shipped_are_all_and_differ(name, classes):
-    datasets.find_listings("emoji")
+    find_listings("emoji")
     names = module.published_names(name)
     assert len(names) == len(set(names.values())) == classes and module.DATASETS[
         name

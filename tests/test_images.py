@@ -1,6 +1,7 @@
 """Images as a person sees them, nothing skipped in silence, no image on two sides."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from clip.clip import _transform
 from conftest import make_tree, noise
 from PIL import Image
 
-import common
 import data
+from data import check
 from data.benchmarks.lists import spoken
 
 
@@ -75,9 +76,35 @@ def test_animations_palettes_and_cmyk_are_converted(tmp_path):
     assert read(tmp_path, Image.new("1", (2, 2), 1), "one.png").min() == 255
 
 
+def test_the_same_holds_for_rarer_files(tmp_path):
+    """Big-endian 16 bits, a float mask of zeros and ones, one transparent colour without alpha."""
+    big = Image.fromarray(np.array([[0, 257 * 9, 65535]], dtype=">u2"))
+    assert read(tmp_path, big, "big.tiff")[..., 0].tolist() == [[0, 9, 255]]
+    mask = Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32))
+    assert read(tmp_path, mask, "mask.tiff")[..., 2].tolist() == [[0, 255]]
+    half = Image.fromarray(np.array([[[0, 128], [200, 255]]], dtype=np.uint8), "LA")
+    assert read(tmp_path, half, "half.png")[..., 0].tolist() == [[127, 200]]
+    assert read(tmp_path, Image.new("L", (2, 2)), "l.png", transparency=0).min() == 255
+    black = read(tmp_path, Image.new("RGB", (2, 2)), "rgb.png", transparency=(0, 0, 0))
+    assert black.min() == 255
+
+
+def test_transparent_first_frame_of_an_animation_is_put_on_white(tmp_path):
+    frames = [Image.new("RGBA", (4, 4), colour) for colour in ((0, 0, 0, 0), (9, 9, 9, 255))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2)
+    assert np.asarray(data.read_image(tmp_path / "a.gif")).min() == 255
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_an_image_with_damaged_exif_data_is_read_as_it_is(tmp_path, name):
+    image = Image.new("RGB", (6, 3), "white")
+    found = read(tmp_path, image, name, exif=b"Exif\0\0garbage")
+    assert found.shape == (3, 6, 3) and found.min() == 255
+
+
 def test_what_cannot_be_decoded_is_named(tmp_path):
     (tmp_path / "x.png").write_text("no image")
-    with pytest.raises(common.UserError, match="x.png cannot be decoded as an image"):
+    with pytest.raises(data.UserError, match="x.png cannot be decoded as an image"):
         data.read_image(tmp_path / "x.png")
 
 
@@ -87,6 +114,45 @@ def test_evaluation_and_training_show_clips_own_pixels():
     [(pixels, labels)] = data.in_order(images, 32, workers=0)
     wanted = torch.stack([_transform(32)(images[i][0]) for i in range(3)])
     assert torch.equal(data.normalise(pixels), wanted) and labels.tolist() == [0, 1, 2]
+
+
+def test_normalise_is_clips_to_tensor_and_normalize():
+    images = [noise(i) for i in range(3)]
+    clips = _transform(32).transforms[-2:]                      # ToTensor, Normalize
+    wanted = torch.stack([clips[1](clips[0](image)) for image in images])
+    pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+    assert torch.equal(data.normalise(torch.from_numpy(pixels)), wanted)
+
+
+def test_test_images_are_resized_and_cropped_at_the_centre_by_hand():
+    """48 x 32 to a height of 16 is 24 x 16; the centre is columns 4 to 20. Batches keep order."""
+    images = data.Images(range(5), [3, 1, 4, 1, 5], lambda i: noise(i, 48).crop((0, 0, 48, 32)))
+    batches = list(data.in_order(images, 16, workers=0, batch=2))
+    assert [labels.tolist() for _, labels in batches] == [[3, 1], [4, 1], [5]]
+    pixels = torch.cat([x for x, _ in batches]).permute(0, 2, 3, 1)
+    for i in range(5):
+        resized = images[i][0].resize((24, 16), Image.Resampling.BICUBIC)
+        assert pixels[i].tolist() == np.asarray(resized.crop((4, 0, 20, 16))).tolist()
+
+
+def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
+    """With min_crop=1 a square image can only be resized and flipped, each half of the time."""
+    lists = [data.Images([0], [0], lambda i: noise(i, 24))]
+    steps = [[(0, 0, view) for view in range(40)]]
+    [(x, _, _)] = data.rendered(lists, steps, 24, seed=1, min_crop=1, workers=0)
+    plain = torch.from_numpy(np.asarray(noise(0, 24)).transpose(2, 0, 1).copy())
+    plainly = sum(torch.equal(view, plain) for view in x)
+    mirrored = sum(torch.equal(view, plain.flip(2)) for view in x)
+    assert plainly + mirrored >= 20 and min(plainly, mirrored) >= 5
+
+
+def test_augmentation_is_a_matter_of_the_task():
+    """Task 0 is augmented: its two views differ; task 1 is not."""
+    lists = [data.Images([0], [0], lambda i: noise(i, 24)) for _ in range(2)]
+    step = [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2)]
+    [(x, _, tasks)] = data.rendered(lists, [step], 24, 1, augment=[True, False], workers=0)
+    assert tasks.tolist() == [0, 0, 1, 1]
+    assert not torch.equal(x[0], x[1]) and torch.equal(x[2], x[3])
 
 
 def test_without_augmentation_an_image_is_only_resized():
@@ -120,7 +186,7 @@ def test_workers_hand_over_arrays_and_an_error_as_its_line(tree, monkeypatch):
     job = _Rendered([task.train], [[(0, 0, 0)]], [lambda image: image], 1)[0]
     assert isinstance(job[0], np.ndarray) and all(type(x) is list for x in job[1:])
     task.train.items[0].write_bytes(b"broken")
-    with pytest.raises(common.UserError, match="cannot be decoded"):
+    with pytest.raises(data.UserError, match="cannot be decoded"):
         list(data.rendered([task.train], [[(0, 0, 0)], [(0, 1, 0)]], 16, 1, workers=2))
 
 
@@ -131,7 +197,19 @@ def test_a_worker_that_dies_is_told_in_a_line(tree):
         os._exit(1)
 
     task.train.read = die
-    with pytest.raises(common.UserError, match="died.*--workers 0"):
+    with pytest.raises(data.UserError, match="died.*--workers 0"):
+        list(data.rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
+
+
+def test_workers_that_cannot_start_are_told_in_a_line(tree, monkeypatch):
+    """A full /dev/shm: the semaphores of the worker processes find no room."""
+    [task, _] = data.load_tasks(str(tree), split=0.4)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    with pytest.raises(data.UserError, match="No space left on device.*--workers 0"):
         list(data.rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
 
 
@@ -172,29 +250,100 @@ def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, cap
         assert all("/test/" in str(path) for path in task.test.items)
     assert "is taken as one task, shapes, with its own split" in capsys.readouterr().err
     make_tree(tmp_path / "shapes" / "test", {"dog": 1})
-    with pytest.raises(common.UserError, match="other classes .'dog' is in one of them only"):
+    with pytest.raises(data.UserError, match="other classes .'dog' is in one of them only"):
         data.load_tasks(str(tmp_path / "shapes"), shots=2)
 
 
-def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path):
-    root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
+def test_train_and_val_alone_are_a_split_too(tmp_path):
+    make_tree(tmp_path / "t", {f"{part}/{c}": 3 for part in ("Training", "valid") for c in "ab"})
+    [task] = data.load_tasks(str(tmp_path / "t"))
+    assert len(task.train) == 6 and task.val is None
+    assert {path.parts[-3] for path in task.test.items} == {"valid"}
+
+
+@pytest.mark.parametrize("odd", ["extra", "testing"])
+def test_a_folder_beside_train_and_test_is_refused(tmp_path, odd):
+    """Taken as three tasks, one would be trained on another's test images."""
+    make_tree(tmp_path / "t", {f"{p}/{c}": 3 for p in ("train", "test", odd) for c in "ab"})
+    for name in (str(tmp_path / "t"), f"x={tmp_path / 't'}"):
+        with pytest.raises(data.UserError, match="the parts of a split, and beside them"):
+            data.load_tasks(name, shots=1)
+
+
+def test_what_a_mac_leaves_in_an_archive_is_no_domain(tmp_path):
+    make_tree(tmp_path / "t", {f"{part}/{c}": 3 for part in ("train", "test") for c in "ab"})
+    (tmp_path / "t" / "__MACOSX" / "train").mkdir(parents=True)
+    (tmp_path / "t" / ".DS_Store").write_text("x")
+    [task] = data.load_tasks(str(tmp_path / "t"), shots=1)
+    assert task.class_names == ["a", "b"] and len(task.test) == 6
+
+
+def a_link(root):
     os.symlink(root / "train" / "cup" / "000.png", root / "test" / "cup" / "link.png")
-    with pytest.raises(common.UserError, match="both a training and a test image"):
+
+
+def a_link_the_other_way(root):
+    os.symlink(root / "test" / "cup" / "000.png", root / "train" / "cup" / "link.png")
+
+
+def a_hard_link(root):
+    os.link(root / "train" / "cup" / "000.png", root / "test" / "cup" / "link.png")
+
+
+def a_linked_folder(root):
+    shutil.rmtree(root / "test" / "cup")
+    os.symlink(root / "train" / "cup", root / "test" / "cup")
+
+
+@pytest.mark.parametrize("link", [a_link, a_link_the_other_way, a_hard_link, a_linked_folder])
+def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
+    """By a run, and before anything is trained by `check`."""
+    root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
+    assert not [line for line in check.report(str(root))[1] if "once more" in line]
+    link(root)
+    with pytest.raises(data.UserError, match="both a training and a test image: take it out"):
         data.load_tasks(str(root), split=1.0)
+    assert [line for line in check.report(str(root))[1] if "once more" in line]
+
+
+def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
+    """Whichever seed puts the two on two sides; `check` tells without one."""
+    root = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 2})
+    for i in range(2):
+        os.symlink(root / "d" / "cup" / f"00{i}.png", root / "d" / "cup" / f"link{i}.png")
+    assert len([line for line in check.report(str(root))[1] if "once more" in line]) == 2
+    refused = 0
+    for seed in range(8):
+        try:
+            [task] = data.load_tasks(str(root), split=0.5, seed=seed)
+            sides = [{os.path.realpath(p) for p in x.items} for x in (task.train, task.test)]
+            assert not sides[0] & sides[1]
+        except data.UserError:
+            refused += 1
+    assert refused > 0
+
+
+def test_another_tasks_training_images_among_the_test_images_are_told(tree, capsys):
+    """Two names for one tree draw their splits apart. The same seed and name would not."""
+    data.load_tasks(f"one={tree / 'drawn'},two={tree / 'painted'}", split=0.4)
+    assert not capsys.readouterr().err
+    data.load_tasks(f"one={tree / 'drawn'},two={tree / 'drawn'}", split=0.4)
+    said = capsys.readouterr().err
+    assert "test images are training images of another task" in said and said.count("\n") == 1
 
 
 def test_a_class_without_a_test_image_is_refused(tmp_path):
     make_tree(tmp_path / "t", {"d/cup": 1, "d/hat": 9})
-    with pytest.raises(common.UserError, match="class 'cup' of d .* leaves none to test on"):
+    with pytest.raises(data.UserError, match="class 'cup' of d .* leaves none to test on"):
         data.load_tasks(str(tmp_path / "t"), split=0.5)
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path):
     make_tree(tmp_path / "t", {"d/red_ball": 2, "d/Red Ball": 2})
-    with pytest.raises(common.UserError, match="both called 'red ball'"):
+    with pytest.raises(data.UserError, match="both called 'red ball'"):
         data.load_tasks(str(tmp_path / "t"), split=0.5)
     listing = data.Listing("x", ["cup", "cup"], "{}", [[1], [2]], "x")
-    with pytest.raises(common.UserError, match="two classes of x are called 'cup'"):
+    with pytest.raises(data.UserError, match="two classes of x are called 'cup'"):
         data.tasks.check_names(listing)
 
 
@@ -214,6 +363,63 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
 )
 def test_folders_are_called_as_people_call_them(folder, name):
     assert spoken(folder) == name
+
+
+def test_stray_images_beside_the_classes_of_a_task_are_counted(tmp_path, capsys):
+    make_tree(tmp_path / "t", {"cup": 3, "hat": 3})
+    for i in range(2):
+        noise(50 + i).save(tmp_path / "t" / f"stray{i}.jpg")
+    [task] = data.load_tasks(f"strays={tmp_path / 't'}", shots=1)
+    assert len(task.train) + len(task.test) == 6
+    assert "2 images lie beside the classes in" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_or_differ_in_normalisation_are_read(tmp_path):
+    for domain, name in (("one", "caf\u00e9"), ("two", "cafe\u0301")):
+        make_tree(tmp_path / "t" / domain, {name: 3, "cup": 3})
+    one, two = data.load_tasks(str(tmp_path / "t"), shots=1)
+    assert one.class_names == two.class_names == ["caf\u00e9", "cup"]
+    os.rename(tmp_path / "t" / "two" / "cup" / "000.png", tmp_path / "t/two/cup" / "\udce9.png")
+    os.rename(tmp_path / "t" / "two", tmp_path / "t" / "zw\udcf6")
+    tasks = data.load_tasks(str(tmp_path / "t"), shots=2)
+    assert [task.name for task in tasks] == ["one", "zw\ufffd"]
+    assert all(image.size == (24, 24) for image, _ in [*tasks[1].train, *tasks[1].test])
+
+
+def test_numbered_and_camel_case_folders_make_the_texts_that_people_say(tmp_path):
+    folders = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "AnnualCrop"]
+    make_tree(tmp_path / "t", {folder: 2 for folder in folders})
+    [task] = data.load_tasks(f"birds={tmp_path / 't'}", shots=1)
+    assert task.class_names == ["annual crop", "black footed albatross", "laysan albatross"]
+    assert all(spoken(path.parent.name) == task.class_names[label]
+               for path, label in zip(task.test.items, task.test.labels))
+
+
+@pytest.mark.parametrize(
+    "given, absolute",
+    [
+        ("emoji", "emoji"),
+        ("emoji24:*Food+Noto Things", "emoji24:*Food+Noto Things"),
+        ("dtd, eurosat", "dtd,eurosat"),
+        ("t", "{here}/t"),
+        ("./t", "{here}/t"),
+        ("x=t/a,emoji", "x={here}/t/a,emoji"),
+        ("x=~/t/a, y=~/t/b", "x={home}/t/a,y={home}/t/b"),
+        ("~/t", "{home}/t"),
+        ("a,b", "{here}/a,b"),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_absolute_means_the_same_from_any_folder(tmp_path, monkeypatch, given, absolute):
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "t/a", home / "t/b", here / "t/a", here / "a,b"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    found = data.absolute(given)
+    assert found == absolute.format(home=home, here=here)
+    monkeypatch.chdir("/")
+    assert data.absolute(found) == found
 
 
 def test_a_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
@@ -255,5 +461,5 @@ def test_a_line_that_stands_twice_in_a_split_counts_once_and_two_sides_are_refus
     listing = split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")
     assert listing.items == [path[:2]] and "lists 1 images twice" in listing.notes[0]
     parts["test"].append((path[1], 0, "cup"))
-    with pytest.raises(common.UserError, match="lists .*001.png twice, in train and test"):
+    with pytest.raises(data.UserError, match="lists .*001.png twice, in train and test"):
         split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")

@@ -11,7 +11,16 @@ import torch
 from conftest import make_tree
 
 import common
-import data as datasets
+from data import (
+    Images,
+    UserError,
+    find_listings,
+    hold_out,
+    load_tasks,
+    plan,
+    read_image,
+    with_held_out,
+)
 
 OFFICE_CLASSES = ["Alarm_Clock", "TV", "Table", "ToothBrush"]
 
@@ -21,7 +30,7 @@ def sides(task):
 
 
 def test_emoji_is_four_styles_of_the_same_classes():
-    tasks = common.load_tasks("emoji", shots=6)
+    tasks = load_tasks("emoji", shots=6)
     assert [t.name for t in tasks] == ["Noto", "Twemoji", "Fluent", "High Contrast"]
     assert all(
         t.class_names == tasks[0].class_names and 50 <= len(t.class_names) <= 65 for t in tasks
@@ -39,7 +48,7 @@ def test_emoji_is_four_styles_of_the_same_classes():
 
 
 def test_one_task_of_emoji_is_black_and_white_and_no_drawing_is_empty():
-    tasks = common.load_tasks("emoji", shots=6)
+    tasks = load_tasks("emoji", shots=6)
     for t in tasks:
         pixels = [
             torch.frombuffer(bytearray(t.test[i][0].tobytes()), dtype=torch.uint8).view(-1, 3)
@@ -51,15 +60,15 @@ def test_one_task_of_emoji_is_black_and_white_and_no_drawing_is_empty():
 
 
 def test_all_drawings_of_one_emoji_fall_on_the_same_side():
-    tasks = common.load_tasks("emoji", shots=6, seed=3)
+    tasks = load_tasks("emoji", shots=6, seed=3)
     numbers = [tuple({i for _, i in side} for side in sides(t)) for t in tasks]
     assert all(n == numbers[0] for n in numbers) and not numbers[0][0] & numbers[0][1]
 
 
 def test_emoji24_is_four_styles_times_six_topics_of_the_same_drawings():
     tasks, emoji = (
-        common.load_tasks("emoji24", shots=6, seed=2),
-        common.load_tasks("emoji", shots=6),
+        load_tasks("emoji24", shots=6, seed=2),
+        load_tasks("emoji", shots=6),
     )
     assert len(tasks) == 24 and tasks[2].name == "Noto Food"
     for style, whole in enumerate(emoji):
@@ -70,13 +79,16 @@ def test_emoji24_is_four_styles_times_six_topics_of_the_same_drawings():
         drawings = set().union(*(set(task.train.items) | set(task.test.items) for task in mine))
         assert drawings == set(whole.train.items) | set(whole.test.items)
     for topic in range(6):
-        numbers = [{i for _, i in tasks[6 * style + topic].train.items} for style in range(4)]
-        assert all(n == numbers[0] for n in numbers)
+        for side in ("train", "test"):
+            numbers = []
+            for style in range(4):
+                numbers.append({i for _, i in getattr(tasks[6 * style + topic], side).items})
+            assert all(n == numbers[0] for n in numbers)
     assert min(len(task.class_names) for task in tasks) >= 6
 
 
 def test_some_tasks_of_a_benchmark_can_be_named():
-    tasks = common.load_tasks("emoji24:*food+Noto Things", shots=6)
+    tasks = load_tasks("emoji24:*food+Noto Things", shots=6)
     assert [task.name for task in tasks] == [
         "Noto Food",
         "Twemoji Food",
@@ -84,49 +96,84 @@ def test_some_tasks_of_a_benchmark_can_be_named():
         "High Contrast Food",
         "Noto Things",
     ]
-    assert [task.name for task in common.load_tasks("emoji:Noto,emoji24:Fluent Food", shots=6)] == [
+    assert [task.name for task in load_tasks("emoji:Noto,emoji24:Fluent Food", shots=6)] == [
         "Noto",
         "Fluent Food",
     ]
-    with pytest.raises(common.UserError, match="emoji has no task 'Nato': its tasks are Noto, Twe"):
-        common.load_tasks("emoji:Nato", shots=6)
+    with pytest.raises(UserError, match="emoji has no task 'Nato': its tasks are Noto, Twe"):
+        load_tasks("emoji:Nato", shots=6)
+    with pytest.raises(UserError, match="emoji24 has no task 'Noto Thing': its tasks are Noto Peo"):
+        load_tasks("emoji24:*Food+Noto Thing", shots=6)
+    both = load_tasks("emoji24:*Food+Noto*", shots=6)
+    assert len(both) == 4 + 5               # Noto Food is one of each, and comes once
+
+
+def test_a_task_of_a_benchmark_has_the_same_split_alone_and_among_others():
+    [alone] = load_tasks("emoji24:Fluent Food", shots=6, seed=2)
+    among = [task for task in load_tasks("emoji24", shots=6, seed=2) if task.name == alone.name]
+    assert sides(alone) == sides(among[0])
 
 
 def test_a_split_takes_its_fraction_of_every_class_rounded_and_at_least_one():
     whole = {
         t.name: Counter(t.train.labels) + Counter(t.test.labels)
-        for t in common.load_tasks("emoji", split=0.5)
+        for t in load_tasks("emoji", split=0.5)
     }
-    for t in common.load_tasks("emoji", split=0.1):
+    for t in load_tasks("emoji", split=0.1):
         taken = Counter(t.train.labels)
         assert all(taken[k] == max(1, round(0.1 * n)) for k, n in whole[t.name].items())
 
 
 def test_the_split_depends_on_the_seed_and_a_larger_one_contains_the_smaller(tree):
     for data in ("emoji", str(tree)):
-        first, again, other = (common.load_tasks(data, split=0.4, seed=s) for s in (1, 1, 2))
+        first, again, other = (load_tasks(data, split=0.4, seed=s) for s in (1, 1, 2))
         assert [sides(t) for t in first] == [sides(t) for t in again]
         assert [sides(t) for t in first] != [sides(t) for t in other]
-        larger = common.load_tasks(data, split=0.6, seed=1)
+        larger = load_tasks(data, split=0.6, seed=1)
         assert all(sides(a)[0] < sides(b)[0] for a, b in zip(first, larger))
         assert all(not train & test for train, test in map(sides, first))
 
 
 def test_shots_leave_a_fifth_of_a_class_and_one_image_for_testing(tmp_path):
     make_tree(tmp_path, {"a/big": 20, "a/small": 3, "b/big": 6, "b/small": 2})
-    a, b = common.load_tasks(str(tmp_path), shots=100)
+    a, b = load_tasks(str(tmp_path), shots=100)
     assert Counter(a.test.labels) == {0: 4, 1: 1} and Counter(b.test.labels) == {0: 2, 1: 1}
-    a, b = common.load_tasks(str(tmp_path), shots=2)
+    a, b = load_tasks(str(tmp_path), shots=2)
     assert Counter(a.train.labels) == {0: 2, 1: 2} and Counter(b.train.labels) == {0: 2, 1: 1}
+
+
+def test_a_class_of_one_image_has_none_to_test_on(tmp_path):
+    make_tree(tmp_path, {"a/big": 9, "a/small": 1})
+    with pytest.raises(UserError, match="class 'small' of a has 1 image, and --shots needs one"):
+        load_tasks(str(tmp_path), shots=2)
+    with pytest.raises(UserError, match="class 'small' of a .* leaves none to test on"):
+        load_tasks(str(tmp_path), split=0.1)
+
+
+@pytest.mark.parametrize("shots, validation", [(1, 1), (3, 3), (4, 4), (16, 4), (None, 6)])
+def test_a_datasets_own_validation_part_gives_at_most_four_images_a_class(
+    tmp_path, shots, validation
+):
+    """min(k, 4) of 6 under `shots` k (CoOp), all without; a class of 2 gives what it has."""
+    root = make_tree(
+        tmp_path / "t", {"train/a": 20, "train/b": 20, "val/a": 6, "val/b": 2, "test/a": 3,
+                         "test/b": 3}
+    )
+    [task] = load_tasks(str(root), shots=shots)
+    assert Counter(task.val.labels) == {0: validation, 1: min(validation, 2)}
+    assert len(task.train) == 2 * min(shots or 20, 20) and len(task.test) == 6
+    if shots == 3:
+        drawn = {tuple(load_tasks(str(root), shots=3, seed=s)[0].val.items) for s in range(6)}
+        assert len(drawn) > 1
 
 
 def test_classes_that_can_give_fewer_than_shots_are_named_once(tmp_path, capsys):
     """Classes of 5, 12 and 7 images with 9 wanted; another seed says nothing new."""
     make_tree(tmp_path, {"a/x": 5, "a/y": 12, "a/z": 7})
-    common.load_tasks(f"few={tmp_path / 'a'}", shots=4)
+    load_tasks(f"few={tmp_path / 'a'}", shots=4)
     assert not capsys.readouterr().err
     for seed in (1, 2):
-        common.load_tasks(f"few={tmp_path / 'a'}", shots=9, seed=seed)
+        load_tasks(f"few={tmp_path / 'a'}", shots=9, seed=seed)
     line = (
         "warning: --shots 9: 2 of 3 classes can give fewer, at least 4, with some left to test on\n"
     )
@@ -154,7 +201,7 @@ def test_office_home_is_read_in_every_layout_with_spoken_class_names(
     (tmp_path / place / "ImageInfo.csv").write_text(
         "the official archive has this beside the folders"
     )
-    tasks = common.load_tasks("officehome", split=0.34, root=tmp_path)
+    tasks = load_tasks("officehome", split=0.34, root=tmp_path)
     assert [t.name for t in tasks] == ["Art", "Clipart", "Product", "Real World"]
     for t in tasks:
         assert (
@@ -177,27 +224,27 @@ def test_pacs_is_read_in_dassls_layout(tmp_path):
             for c in ("dog", "horse")
         },
     )
-    tasks = common.load_tasks("pacs", shots=1, root=tmp_path)
+    tasks = load_tasks("pacs", shots=1, root=tmp_path)
     assert [t.name for t in tasks] == ["Art Painting", "Cartoon", "Photo", "Sketch"] and len(
         tasks[0].train
     ) == 2
 
 
 def test_a_folder_of_your_own_and_class_trees_with_classes_of_their_own(tree):
-    drawn, painted = common.load_tasks(str(tree), split=0.4)
+    drawn, painted = load_tasks(str(tree), split=0.4)
     assert (drawn.name, painted.name) == ("drawn", "painted") and drawn.class_names == [
         "cup",
         "hat",
         "red ball",
     ]
-    one, two = common.load_tasks(f"first={tree / 'drawn'},second={tree / 'painted'}", shots=1)
+    one, two = load_tasks(f"first={tree / 'drawn'},second={tree / 'painted'}", shots=1)
     assert (one.name, two.name, len(one.train), len(one.test)) == ("first", "second", 3, 12)
 
 
 def labelled(*counts):
     """Images of so many items per class."""
     labels = [k for k, n in enumerate(counts) for _ in range(n)]
-    return common.Images(range(len(labels)), labels, read=None)
+    return Images(range(len(labels)), labels, read=None)
 
 
 @pytest.mark.parametrize(
@@ -215,14 +262,14 @@ def labelled(*counts):
 def test_a_held_out_part_is_a_fifth_spread_over_the_classes(counts, held):
     """How many classes give so many images; no class its last one."""
     images = labelled(*counts)
-    rest, part = common.hold_out(images, seed=1)
+    rest, part = hold_out(images, seed=1)
     given = Counter(part.labels)
     assert Counter(given[k] for k in range(len(counts))) == held
     assert set(rest.labels) == set(images.labels) and not set(rest.items) & set(part.items)
     assert sorted(rest.items + part.items) == images.items
     if len(part):
-        assert part.items == common.hold_out(images, seed=1)[1].items
-        assert len({tuple(common.hold_out(images, s)[1].items) for s in range(9)}) > 1
+        assert part.items == hold_out(images, seed=1)[1].items
+        assert len({tuple(hold_out(images, s)[1].items) for s in range(9)}) > 1
 
 
 def test_with_held_out_keeps_a_datasets_own_validation_part(small):
@@ -230,7 +277,7 @@ def test_with_held_out_keeps_a_datasets_own_validation_part(small):
 
     tasks = small_tasks("a", "b")
     tasks[0].val = tasks[0].test.subset([0, 1])
-    own, held = datasets.with_held_out(tasks, 1)
+    own, held = with_held_out(tasks, 1)
     assert own.val is tasks[0].val and own.train is tasks[0].train
     assert (
         len(held.val) == 1
@@ -241,17 +288,17 @@ def test_with_held_out_keeps_a_datasets_own_validation_part(small):
 
 def test_an_epoch_shows_the_largest_task_once_and_cycles_the_smaller():
     torch.manual_seed(0)
-    steps = datasets.plan([10, 4], batch_size=5)
+    steps = plan([10, 4], batch_size=5)
     assert len(steps) == 2 and all([t for t, _, _ in step] == [0] * 5 + [1] * 5 for step in steps)
     assert sorted(i for step in steps for t, i, _ in step if t == 0) == list(range(10))
     assert {i for step in steps for t, i, _ in step if t == 1} == set(range(4))
-    assert [len(step) for step in datasets.plan([3, 2], batch_size=16)] == [6]
+    assert [len(step) for step in plan([3, 2], batch_size=16)] == [6]
 
 
 def test_mixed_batches_show_every_image_of_the_union_once():
     torch.manual_seed(0)
     sizes = [900, 900, 900, 900, 30]
-    steps = datasets.plan(sizes, batch_size=20, mixed=True, views=3)
+    steps = plan(sizes, batch_size=20, mixed=True, views=3)
     assert len(steps) == 182 and len(steps[-1]) == 10  # ceil(3630 / 20)
     seen = [(t, i) for step in steps for t, i, _ in step]
     assert sorted(seen) == [(t, i) for t, n in enumerate(sizes) for i in range(n)] != seen
@@ -270,7 +317,7 @@ def test_accuracy_and_mean_per_class_by_hand():
 def test_evaluation_in_batches_equals_one_image_at_a_time(small, tree):
     from clip.clip import _transform
 
-    task, preprocess, hits = common.load_tasks(str(tree), shots=1)[0], _transform(32), 0
+    task, preprocess, hits = load_tasks(str(tree), shots=1)[0], _transform(32), 0
     [text] = common.zero_shot_classifiers(small, [task])
     for image, label in task.test:
         x = common.encode_image(small, preprocess(image)[None])
@@ -280,11 +327,11 @@ def test_evaluation_in_batches_equals_one_image_at_a_time(small, tree):
 
 
 def test_a_test_image_is_decoded_once_a_process_whatever_is_scored(small, tree, monkeypatch):
-    [task, _], read = common.load_tasks(str(tree), shots=1, seed=5), []
+    [task, _], read = load_tasks(str(tree), shots=1, seed=5), []
 
     def spy(path):
         read.append(path)
-        return common.read_image(path)
+        return read_image(path)
 
     task.test.read = spy
     prompts = torch.randn(1, 2, 64)
@@ -330,8 +377,7 @@ def test_the_class_table_of_the_benchmark_is_what_is_shipped():
         assert f"| {name} | {len(members)} |" in readme
 
 
-# --------------------------------------------------------------------------------------------------
-# -------- class groups
+# ------------------------------------------------------------ class groups
 
 
 @pytest.fixture
@@ -372,7 +418,7 @@ def cifar(tmp_path, monkeypatch):
 
 
 def test_cifar100_is_a_task_a_coarse_class(cifar):
-    tasks = common.load_tasks("cifar100", split=0.2, seed=1, root=cifar)
+    tasks = load_tasks("cifar100", split=0.2, seed=1, root=cifar)
     assert [(t.name, t.class_names) for t in tasks] == [
         ("fruit", ["apple", "pear"]),
         ("trees", ["maple tree", "oak tree"]),
@@ -387,34 +433,34 @@ def test_cifar100_is_a_task_a_coarse_class(cifar):
             assert (
                 image.size == (32, 32) and first + fine * each <= grey < first + (fine + 1) * each
             )
-    again = common.load_tasks("cifar100", split=0.2, seed=1, root=cifar)
+    again = load_tasks("cifar100", split=0.2, seed=1, root=cifar)
 
     def grey(task):
         return [image.getpixel((0, 0))[0] for image, _ in task.train]
 
     assert [grey(t) for t in tasks] == [grey(t) for t in again]
     assert [grey(t) for t in tasks] != [
-        grey(t) for t in common.load_tasks("cifar100", split=0.2, seed=2, root=cifar)
+        grey(t) for t in load_tasks("cifar100", split=0.2, seed=2, root=cifar)
     ]
 
 
 def test_cifar100_that_is_missing_or_damaged_is_named(cifar):
     (cifar / "cifar-100-python" / "test").write_bytes(b"damaged")
     with pytest.raises(
-        common.UserError, match="CIFAR-100 is not in .*, or damaged: give --download"
+        UserError, match="CIFAR-100 is not in .*, or damaged: give --download"
     ):
-        common.load_tasks("cifar100", split=0.2, root=cifar)
+        load_tasks("cifar100", split=0.2, root=cifar)
 
 
 def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch):
     assert (
-        len(datasets.find_listings("cifar100", cifar, download=True)) == 3
+        len(find_listings("cifar100", cifar, download=True)) == 3
     )  # there already: no connection
-    with pytest.raises(common.UserError, match="--download cannot fetch pacs, only cifar100"):
-        datasets.find_listings("pacs", cifar, download=True)
+    with pytest.raises(UserError, match="--download cannot fetch pacs, only cifar100"):
+        find_listings("pacs", cifar, download=True)
     tree = make_tree(cifar / "tree", {f"{d}/{c}": 1 for d in "ab" for c in "cd"})
     assert (
-        len(datasets.find_listings(str(tree), cifar, download=True)) == 2
+        len(find_listings(str(tree), cifar, download=True)) == 2
     )  # what is here need not be fetched
     (cifar / "cifar-100-python" / "train").unlink()
     from torchvision.datasets import CIFAR100
@@ -424,6 +470,6 @@ def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(
-        common.UserError, match=f"cannot be downloaded .no route to host.: put {CIFAR100.url}"
+        UserError, match=f"cannot be downloaded .no route to host.: put {CIFAR100.url}"
     ):
-        datasets.find_listings("cifar100", cifar, download=True)
+        find_listings("cifar100", cifar, download=True)

@@ -11,11 +11,29 @@ PARTS = dict(train="train", training="train", val="val", valid="val", validation
 
 def tree(path):
     """The listings of a folder `domain/class/images`, a task per domain."""
-    domains = folders(path)
-    parts = {PARTS[p.name.lower()]: p for p in domains if p.name.lower() in PARTS}
-    if "train" in parts and len(parts) == len(domains) > 1:
+    parts = own_split(path)
+    if parts:
         return [split_tree(spoken(path.name), parts)]
-    return domain_trees(path, {p: printable(p.name) for p in domains}, "a photo of a {}")
+    domains = {p: printable(p.name) for p in folders(path)}
+    return domain_trees(path, domains, "a photo of a {}")
+
+
+def own_split(path):
+    """{part: folder} of a tree `{train,val,test}/class/images`, empty where it is none.
+
+    Raises UserError where other folders lie beside these or two have one part: taken as tasks, one
+    would be trained on another's test images.
+    """
+    inside = folders(path)
+    named = [p for p in inside if p.name.lower() in PARTS]
+    parts = {PARTS[p.name.lower()]: p for p in named}
+    if "train" not in parts or len(parts) < 2:
+        return {}
+    odd = [p for p in inside if p not in parts.values()]
+    if odd:
+        raise UserError(f"{path} holds {', '.join(p.name for p in parts.values())}, the parts of a "
+                        f"split, and beside them {odd[0].name}: take that folder away")
+    return parts
 
 
 def domain_trees(path, domains, template, names=()):
@@ -59,11 +77,10 @@ def class_tree(name, path, template="a photo of a {}", names=()):
     """One listing from `class/images`, the classes in the order of their spoken names; or from
     `{train,val,test}/class/images`, whose split is kept."""
     check_folder(path)
-    inside = folders(path)
-    parts = {PARTS[p.name.lower()]: p for p in inside if p.name.lower() in PARTS}
-    if "train" in parts and len(parts) == len(inside) > 1:
+    parts = own_split(path)
+    if parts:
         return split_tree(name, parts, template)
-    depth = image_depth(path)
+    inside, depth = folders(path), image_depth(path)
     if depth is None:
         raise UserError(f"{path} holds no images; a task is a tree class/*.jpg")
     if depth == 0:

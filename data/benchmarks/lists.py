@@ -28,8 +28,8 @@ def printable(name):
 
 
 def folders(path):
-    """The folders in a folder, sorted by name, hidden ones left out."""
-    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    """The folders in a folder, sorted by name, hidden ones and a Mac's leavings left out."""
+    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
     return sorted(found, key=lambda p: p.name.lower())
 
 

@@ -87,7 +87,8 @@ def icon_svgs(npm, name):
         yield (
             key,
             (
-                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'<svg xmlns="http://www.w3.org/2000/svg" '
+                f'xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="{" ".join(map(str, box))}" color="black">{icon["body"]}</svg>'
             ),
         )

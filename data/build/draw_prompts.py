@@ -47,8 +47,8 @@ def encoder(axis, left, title, first, deeper, ends, alternatives=False):
     but each in a text of its own.
     """
     for row, y in ROWS.items():
-        axis.add_patch(FancyBboxPatch((left, y), 2.1, 0.76, boxstyle="round,pad=0,rounding_size=0.1",
-                                      facecolor=FROZEN, edgecolor="none"))
+        axis.add_patch(FancyBboxPatch((left, y), 2.1, 0.76, facecolor=FROZEN, edgecolor="none",
+                                      boxstyle="round,pad=0,rounding_size=0.1"))
         square(axis, left + 0.08, y + 0.08, TOKEN)
         prompts, x = first if row == "1" else deeper, left + 0.47
         if alternatives and prompts:
@@ -131,10 +131,13 @@ def legend(axis):
     for i, (colour, words) in enumerate(entries):
         square(axis, 0, 3.9 - 0.9 * i, colour)
         axis.text(0.6, 4.2 - 0.9 * i, words, va="center", fontsize=8.5, color=INK)
-    axis.text(0, 0.6, "Grey bars are layers of a frozen CLIP,\nlayer 1 at the bottom. Below, a "
-              "bar per\nlearned prompt spans the tasks that\nshare it. ⊗ is the Kronecker product;\n"
-              "MVLPT's prompts pass through a\nsmall shared transformer.", va="top", fontsize=8.5,
-              color=INK, linespacing=1.35)
+    note = ("Grey bars are layers of a frozen CLIP,\n"
+            "layer 1 at the bottom. Below, a bar per\n"
+            "learned prompt spans the tasks that\n"
+            "share it. ⊗ is the Kronecker product;\n"
+            "MVLPT's prompts pass through a\n"
+            "small shared transformer.")
+    axis.text(0, 0.6, note, va="top", fontsize=8.5, color=INK, linespacing=1.35)
 
 
 def main():

@@ -1,7 +1,8 @@
 """Pretrain `tiny`, a CLIP of 10 M parameters that knows drawings, on the sets that
 `collect_drawings.py` rasterised.
 
-    python data/build/pretrain_tiny.py --drawings /tmp/tiny/drawings.npz --state /tmp/tiny/state.pt --minutes 100
+    python data/build/pretrain_tiny.py --drawings /tmp/tiny/drawings.npz \\
+        --state /tmp/tiny/state.pt --minutes 100
     python data/build/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
 
 The first line trains, saves its state every few minutes and takes it up again when run again with
@@ -10,14 +11,11 @@ counted over all runs), so the length of the training is known beforehand. The s
 averaged weights in half precision, the format that `clip.load(path)` reads.
 
 A step takes `CONCEPTS` concepts and two drawings of each, in different sets where there are two,
-under one caption: the two
-styles meet at one text, and the text encoder does half the work. Captions are of every length, so
-that a name is seen at every
-text position that learned prompts will push it to. Beside CLIP's contrastive loss, both encoders
-are pulled to one learned
-anchor a concept, told apart from all other concepts' and not only from those in the batch; the
-anchors are thrown away at
-the end. Memory grows by about 0.1 GB a minute and starts afresh with every run.
+under one caption: the two styles meet at one text, and the text encoder does half the work.
+Captions are of every length, so that a name is seen at every text position that learned prompts
+will push it to. Beside CLIP's contrastive loss, both encoders are pulled to one learned anchor a
+concept, told apart from all other concepts' and not only from those in the batch; the anchors are
+thrown away at the end. Memory grows by about 0.1 GB a minute and starts afresh with every run.
 """
 
 import argparse
@@ -41,10 +39,8 @@ from common import encode_image, encode_text  # noqa: E402
 CONCEPTS, VIEWS, EMOJI_SHARE = 96, 2, 0.65
 ANCHOR_SCALE = 20.0
 LR, WEIGHT_DECAY, WARMUP, EMA = 1e-3, 0.1, 0.05, 0.998
-LONG_EVERY, SHORT_ONLY = (
-    2,
-    0.12,
-)  # of the training: a start on long captions alone stays at chance for very long
+# no long captions in the first SHORT_ONLY of the training: a start on them alone stays at chance
+LONG_EVERY, SHORT_ONLY = 2, 0.12
 LENGTHS = (20, 60)  # two text lengths only: every new shape costs memory that is never given back
 TEMPLATES = [
     "{}",
@@ -149,7 +145,7 @@ def augment(images, generator, train=True):
     geometry and colour."""
     x = images.permute(0, 3, 1, 2).float() / 255
     B = len(x)
-    rand = lambda *shape: torch.rand(*shape, generator=generator)
+    rand = functools.partial(torch.rand, generator=generator)
     if train:
         pick = rand(B)
         grey = x.mean(1, keepdim=True)
@@ -378,7 +374,8 @@ def main():
             zero_shot, probe = held_out_score(average, data)
             rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
             print(
-                f"step {step}  {seconds / 60:.1f} min  loss {np.mean(losses):.3f}  scale {model.logit_scale.exp().item():.1f}  "
+                f"step {step}  {seconds / 60:.1f} min  loss {np.mean(losses):.3f}  "
+                f"scale {model.logit_scale.exp().item():.1f}  "
                 f"held-out style: zero-shot {zero_shot:.1f}, probe {probe:+.1f}  {rss:.1f} GB",
                 flush=True,
             )

@@ -912,7 +912,7 @@ def read_json(path):
                         "another --out") from error
 
 
-def fingerprints(images):
+def fingerprints(images, sizes=True):
     """A hash (int64) per image: of the end of its path and its size, its place, or its pixels."""
     found = []
     for item in images.items:
@@ -920,7 +920,7 @@ def fingerprints(images):
             text = item.tobytes()
         elif isinstance(item, (str, Path)):
             text = "/".join(Path(item).parts[-3:]).encode("utf-8", "surrogateescape")
-            text += str(os.path.getsize(item)).encode()
+            text += str(os.path.getsize(item)).encode() if sizes else b""
         else:
             text = repr(
                 (Path(item[0]).name, *item[1:]) if isinstance(item, tuple) else item
@@ -933,7 +933,7 @@ def contents(tasks):
     """What a resumed run has to find again: each task's classes and a hash of its image lists."""
     found = {}
     for task in tasks:
-        lists = [fingerprints(images).tolist() for images in (task.train, task.test)]
+        lists = [fingerprints(x, sizes=False).tolist() for x in (task.train, task.test)]
         found[task.name] = [*task.class_names, hashlib.sha1(repr(lists).encode()).hexdigest()]
     return found
 
@@ -1046,7 +1046,8 @@ class Run:
             saved["rows"].append(row)
             saved.update(epoch=epoch + 1, seconds=saved["seconds"] + time.time() - start)
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_whole(path, dict(saved, seed=self.seed, phase=phase, parts=states))
+            found = self.state["data"].get(self.seed)
+            save_whole(path, dict(saved, seed=self.seed, phase=phase, parts=states, data=found))
             self._write_log()
 
     def _restore(self, path, phase, parts):
@@ -1058,10 +1059,13 @@ class Run:
         saved = load_saved(path, "a checkpoint", kinds, remedy)
         if saved["seed"] != self.seed or saved["phase"] != phase:
             return fresh
+        if saved.get("data") != self.state["data"].get(self.seed):
+            raise UserError(f"{path} does not fit the data as it is now (tasks, classes or images): "
+                            f"{remedy}")
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path} does not fit the data as it is now "
                             f"({datasets.brief(error)}): {remedy}") from error
         return {key: saved[key] for key in fresh}

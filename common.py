@@ -1060,8 +1060,8 @@ class Run:
         if saved["seed"] != self.seed or saved["phase"] != phase:
             return fresh
         if saved.get("data") != self.state["data"].get(self.seed):
-            raise UserError(f"{path} does not fit the data as it is now (tasks, classes or images): "
-                            f"{remedy}")
+            raise UserError(f"{path} does not fit the data as it is now (tasks, classes or "
+                            f"images): {remedy}")
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])

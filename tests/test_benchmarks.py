@@ -847,7 +847,7 @@ def test_check_says_the_first_problems_and_the_number_of_the_rest(command, tree)
         (["check", "--data", "OxfordPets"], "did you mean 'oxford_pets'"),
         (["check", "--data", "coop12"], "did you mean 'coop1"),
         (["chek"], "did you mean 'check'"),
-        ([], "say python common.py check"),
+        ([], "python common.py check"),
         (["check", "--data", "dtd", "--root", "nowhere"], "there is no folder nowhere"),
     ],
     ids=" ".join,

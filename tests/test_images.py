@@ -80,6 +80,8 @@ def test_the_same_holds_for_rarer_files(tmp_path):
     """Big-endian 16 bits, a float mask of zeros and ones, one transparent colour without alpha."""
     big = Image.fromarray(np.array([[0, 257 * 9, 65535]], dtype=">u2"))
     assert read(tmp_path, big, "big.tiff")[..., 0].tolist() == [[0, 9, 255]]
+    dark = Image.fromarray(np.array([[0, 1]], dtype=np.uint16))         # whole numbers stay
+    assert read(tmp_path, dark, "dark.png")[..., 0].tolist() == [[0, 1]]
     mask = Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32))
     assert read(tmp_path, mask, "mask.tiff")[..., 2].tolist() == [[0, 255]]
     half = Image.fromarray(np.array([[[0, 128], [200, 255]]], dtype=np.uint8), "LA")
@@ -176,6 +178,10 @@ def test_a_view_depends_on_seed_task_index_and_view_alone():
     assert torch.equal(one, view((1, 0, 3), (0, 1, 7)))
     for other in (view((0, 1, 8)), view((1, 1, 7)), view((0, 1, 7), seed=2)):
         assert not torch.equal(one, other)
+    steps = [[(0, 0, 7)], [(1, 1, 2)], [(0, 1, 7)]]
+    assert torch.equal(one, list(data.rendered(lists, steps, 16, 1, workers=0))[2][0][0])
+    lists = [data.Images([0, 1], [0, 1], lambda i: noise(1, 40))]       # one image twice
+    assert torch.equal(one, view((0, 1, 7))) and not torch.equal(one, view((0, 0, 7)))
 
 
 def test_workers_hand_over_arrays_and_an_error_as_its_line(tree, monkeypatch):
@@ -186,7 +192,7 @@ def test_workers_hand_over_arrays_and_an_error_as_its_line(tree, monkeypatch):
     job = _Rendered([task.train], [[(0, 0, 0)]], [lambda image: image], 1)[0]
     assert isinstance(job[0], np.ndarray) and all(type(x) is list for x in job[1:])
     task.train.items[0].write_bytes(b"broken")
-    with pytest.raises(data.UserError, match="cannot be decoded"):
+    with pytest.raises(data.UserError, match=f"^{task.train.items[0]} cannot be decoded[^\n]*$"):
         list(data.rendered([task.train], [[(0, 0, 0)], [(0, 1, 0)]], 16, 1, workers=2))
 
 
@@ -229,9 +235,9 @@ def test_every_ending_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path
     [task] = data.load_tasks(str(tmp_path / "t"), split=0.5)
     said = capsys.readouterr().err
     assert len(task.train) + len(task.test) == 9 and task.class_names == ["cup", "hat"]
-    assert "1 files in" in said and "notes.txt" in said
-    assert "1 images are in folders below the class folder" in said
-    assert "1 images lie beside the domains" in said and "stray.png" in said
+    assert "skipped 1 file in" in said and "notes.txt" in said
+    assert "skipped 1 image in folders below the class folder" in said
+    assert "skipped 1 image beside the domains" in said and "stray.png" in said
 
 
 def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, capsys):
@@ -371,7 +377,7 @@ def test_stray_images_beside_the_classes_of_a_task_are_counted(tmp_path, capsys)
         noise(50 + i).save(tmp_path / "t" / f"stray{i}.jpg")
     [task] = data.load_tasks(f"strays={tmp_path / 't'}", shots=1)
     assert len(task.train) + len(task.test) == 6
-    assert "2 images lie beside the classes in" in capsys.readouterr().err
+    assert "skipped 2 images beside the classes in" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_or_differ_in_normalisation_are_read(tmp_path):
@@ -459,7 +465,7 @@ def test_a_line_that_stands_twice_in_a_split_counts_once_and_two_sides_are_refus
         test=[(path[2], 0, "cup")],
     )
     listing = split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")
-    assert listing.items == [path[:2]] and "lists 1 images twice" in listing.notes[0]
+    assert listing.items == [path[:2]] and "lists 1 image twice" in listing.notes[0]
     parts["test"].append((path[1], 0, "cup"))
     with pytest.raises(data.UserError, match="lists .*001.png twice, in train and test"):
         split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")

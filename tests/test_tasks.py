@@ -256,6 +256,7 @@ def labelled(*counts):
         ([1] * 10, {0: 10}),
         ([6] * 10, {1: 8, 2: 2}),
         ([1, 1, 1, 7], {0: 3, 2: 1}),
+        ([1] * 8 + [2, 10], {0: 8, 1: 1, 2: 1}),        # 3, not 4: no class gives more than a fifth
     ],
     ids=str,
 )

@@ -3,7 +3,17 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..listing import Listing
-from .lists import check_folder, folders, image_depth, images_in, plain, printable, skipped, spoken
+from .lists import (
+    check_folder,
+    counted,
+    folders,
+    image_depth,
+    images_in,
+    plain,
+    printable,
+    skipped,
+    spoken,
+)
 
 PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
              testing="test")
@@ -68,8 +78,8 @@ def domain_trees(path, domains, template, names=()):
                                     "with classes of their own give name=path,name=path")
     stray = images_in(path)
     if stray:
-        trees[0].notes.append(f"{len(stray):,} images lie beside the domains in {path}, such as "
-                              f"{stray[0].name}: skipped")
+        trees[0].notes.append(f"skipped {counted(stray, 'image')} beside the domains in {path}, "
+                              f"such as {stray[0].name}")
     return trees
 
 
@@ -103,8 +113,8 @@ def class_tree(name, path, template="a photo of a {}", names=()):
                             "take it away")
     stray = images_in(path)
     if stray:
-        notes.append(f"{len(stray):,} images lie beside the classes in {path}, such as "
-                     f"{stray[0].name}: skipped")
+        notes.append(f"skipped {counted(stray, 'image')} beside the classes in {path}, such as "
+                     f"{stray[0].name}")
     return Listing(name, [named[p] for p in classes], template, items, draw=name, notes=notes)
 
 

@@ -27,6 +27,11 @@ def printable(name):
     return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def counted(things, noun):
+    """`1 image` or `1,234 images`."""
+    return f"{len(things):,} {noun}{'s' if len(things) != 1 else ''}"
+
+
 def folders(path):
     """The folders in a folder, sorted by name, hidden ones and a Mac's leavings left out."""
     found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
@@ -45,11 +50,11 @@ def skipped(path):
     deep = [p for p in path.glob("*/**/*") if is_image(p)]
     notes = []
     if other:
-        notes.append(f"{len(other):,} files in {path} are no images by their ending, such as "
-                     f"{other[0].name}: skipped")
+        notes.append(f"skipped {counted(other, 'file')} in {path} without the ending of an image, "
+                     f"such as {other[0].name}")
     if deep:
-        notes.append(f"{len(deep):,} images are in folders below the class folder {path}, such as "
-                     f"{deep[0]}: skipped")
+        notes.append(f"skipped {counted(deep, 'image')} in folders below the class folder {path}, "
+                     f"such as {deep[0]}")
     return notes
 
 
@@ -152,19 +157,20 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
     """
     labels = sorted(names)
     place = {label: i for i, label in enumerate(labels)}
-    lists, owner, notes, twice = {part: [[] for _ in labels] for part in parts}, {}, [], 0
+    lists, owner = {part: [[] for _ in labels] for part in parts}, {}
+    notes, twice = [], []
     for part, items in parts.items():
         for path, label, _ in items:
             if path not in owner:
                 owner[path] = part, label
                 lists[part][place[label]].append(path)
             elif owner[path] == (part, label):
-                twice += 1
+                twice.append(path)
             else:
                 raise UserError(f"{source} lists {path} twice, in {owner[path][0]} and {part} or "
                                 "with two labels: take one of the lines out")
     if twice:
-        notes.append(f"{source} lists {twice:,} images twice: counted once")
+        notes.append(f"{source} lists {counted(twice, 'image')} twice: counted once")
     for part, what in dict(train="training", test="test").items():
         for label, images in zip(labels, lists.get(part, ())):
             if not images and names[label] not in lacking:

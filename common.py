@@ -31,7 +31,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def load_method(name):
     alias, path = f"method_{name}", HERE / f"{name}.py"
     if alias in sys.modules:
         return sys.modules[alias]
-    if not path.is_file():
+    if not name.isidentifier() or not path.is_file():       # no path: it may stand in a file
         raise UserError(f"there is no method file {path}")
     spec = importlib.util.spec_from_file_location(alias, path)
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
@@ -719,8 +719,13 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None):
             own.update(tiny or {}, clip="tiny")
         args = _absolute(read(replace(Args(), **own)))
     if saved:
-        known = {field.name for field in fields(Args)}
-        saved = {key: value for key, value in saved.items() if key in known}
+        kinds = get_type_hints(Args)
+        saved = {key: tuple(value) if isinstance(value, list) else value     # JSON has no tuples
+                 for key, value in saved.items() if key in kinds}
+        for key, value in saved.items():
+            if not _is_a(kinds[key], value):
+                raise UserError(f"{owner} is damaged (its setting '{key}' has a value that the "
+                                "flag does not take): start another run in another --out")
         if args.eval and {"split", "shots"} & given:
             saved.update(split=None, shots=None)
         on = {key for key in given & saved.keys() if getattr(Args, key, None) is False}
@@ -736,6 +741,17 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None):
         args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
     _validate(args)
     return args
+
+
+def _is_a(kind, value):
+    """Whether a saved value has the type of its field, such as `int | None` or a Literal."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(get_args(kind)[0], x) for x in value)
+    if get_args(kind):
+        return any(_is_a(one, value) for one in get_args(kind))
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _absolute(args):
@@ -897,7 +913,7 @@ def saved_settings(args):
     if saved["method"] != args.method:
         raise UserError(f"the run in {args.out} is one of {saved['method']}: "
                         f"use {saved['method']}.py --resume --out {args.out}")
-    return dict(saved, seeds=tuple(saved["seeds"]))
+    return saved
 
 
 def read_json(path):
@@ -1223,8 +1239,13 @@ def run_seeds(args, build, train, score, n_text=0, image_prompts=False, own=Fals
 
 def finished_again(args, plot):
     """Print the closing table of a run that had finished, and draw its figures with --plot."""
-    result = read_json(Path(args.out) / "result.json")
-    print_table(result)
+    path = Path(args.out) / "result.json"
+    result = read_json(path)
+    try:
+        print_table(result)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({datasets.brief(error)}): start the run again in "
+                        "another --out") from error
     if args.plot:
         plot_run(Path(args.out), result, read_log(Path(args.out)), plot)
     print(f"\nthe run in {args.out} had finished")
@@ -1315,6 +1336,9 @@ def _checked_prompts(args):
         if seed not in saved["prompts"]:
             known = ", ".join(map(str, saved["prompts"]))
             raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
+        if not torch.is_tensor(saved["trained_on"].get(seed)):
+            raise UserError(f"{args.eval} is damaged (it does not say which images seed {seed} was "
+                            "trained on): give the prompts.pt that a run wrote")
     return saved
 
 
@@ -1611,25 +1635,51 @@ def _command(name, Args, argv):
                     description=Args.__doc__)
 
 
-def _baseline(name, Args, argv):
-    """(settings, tasks of every seed, CLIP) of a baseline, with everything refused that cannot
-    be."""
+def _checked_out(out):
+    """The folder of --out; UserError where it cannot be made or written."""
+    out = datasets.expand(out)
+    nearest = next(p for p in (out, *out.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {out} cannot be written, because {nearest} is a file or read-only: "
+                        "choose another folder")
+    return out
+
+
+def _made(out):
+    """The folder of --out, made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
+                        "folder") from error
+    return out
+
+
+def _baseline(name, Args, argv, n_classes=1):
+    """(settings, tasks of every seed, CLIP) of a baseline, with everything refused that cannot be.
+
+    n_classes: how many classes a task has to have images of.
+    """
     given = _command(name, Args, argv)
     built_in = given.data.split(":")[0] in datasets.BUILT_IN
     given.clip = given.clip or ("tiny" if built_in else "ViT-B/16")
-    given.root, given.data = str(datasets.expand(given.root)), datasets.absolute(given.data)
+    given = _absolute(given)
     check_clip(given.clip)
     if given.split is None and given.shots is None:
         given.shots = datasets.BUILT_IN.get(given.data.split(":")[0])
     shared = {field.name for field in fields(BaselineArgs)} - {"out"}
     _validate(as_args(given, shared))
-    if given.out and (Path(given.out) / "result.json").exists():
+    if given.out and (_checked_out(given.out) / "result.json").exists():
         raise UserError(f"--out {given.out} holds another result: choose another folder")
     if given.download:
         datasets.find_listings(given.data, given.root, download=True)
     given.device = checked_device(given.device)
     tasks = {seed: load_tasks(given.data, given.split, given.shots, seed, given.root)
              for seed in given.seeds}
+    for task in tasks[given.seeds[0]]:
+        if len(set(task.train.labels)) < n_classes:
+            raise UserError(f"the task {task.name} has fewer than {n_classes} classes: {name} "
+                            "needs them to tell apart, so leave the task out")
     model, _ = load_clip(given.clip, given.device)
     model.precision = given.precision
     return given, tasks, model
@@ -1645,13 +1695,7 @@ def _report(args, method, variant, tasks, model, finished):
     settings = dict(asdict(args), method=method, variant=variant, validate=False, batches="tasks")
     result = gather(settings, tasks[args.seeds[0]], model, finished)
     if args.out:
-        out = datasets.expand(args.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
-                            "folder") from error
-        write_whole(out / "result.json", json.dumps(result, indent=1))
+        write_whole(_made(Path(args.out)) / "result.json", json.dumps(result, indent=1))
     print_table(result)
 
 
@@ -1706,7 +1750,7 @@ def probe(argv):
     or on 20% of the training images, held out, by the smallest cross-entropy; never on test images.
     """
     from sklearn.linear_model import LogisticRegression
-    args, tasks, model = _baseline("probe", BaselineArgs, argv)
+    args, tasks, model = _baseline("probe", BaselineArgs, argv, n_classes=2)
     finished = {}
 
     def fit(x, y, C):
@@ -1772,6 +1816,7 @@ def table(argv):
     args = _command("table", TableArgs, argv)
     if args.plot and not args.out:
         raise UserError("--plot needs --out DIR, the folder that the figures go to")
+    out = _checked_out(args.out) if args.out else None
     runs = read_runs(args.folders)
     tables = {title: layout(part) for title, part in runs.groupby("title")}
     for title, cells in tables.items():
@@ -1780,14 +1825,8 @@ def table(argv):
             *([name, *row] for name, row in zip(cells.index, cells.values)),
         ]
         print(f"\n{title}\n{aligned(rows)}")
-    if args.out:
-        out = datasets.expand(args.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
-                            "folder") from error
-        write_whole(out / "table.md", "\n".join(
+    if out:
+        write_whole(_made(out) / "table.md", "\n".join(
             f"**{title}**\n\n{as_markdown(cells)}\n" for title, cells in tables.items()))
         write_whole(out / "table.csv", runs.drop(columns=["folder", "key"]).to_csv(index=False))
         names = ["table.md", "table.csv"]
@@ -1804,7 +1843,6 @@ def read_runs(folders):
     result.
     """
     import pandas
-    needed = {*SETTINGS, "validate", "seeds", "tasks", "zero_shot", "accuracy", "average"}
     rows, validated, paths = [], 0, set()
     for folder in map(datasets.expand, folders):
         if not folder.is_dir():
@@ -1814,28 +1852,14 @@ def read_runs(folders):
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime, str(path))):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            fits = needed <= result.keys() and set(result["accuracy"]) == set(result["tasks"])
-            fits = fits and all(len(x) == len(result["seeds"]) for x in result["accuracy"].values())
-        except (OSError, ValueError, AttributeError, TypeError, KeyError):
-            fits = False
-        if not fits:
+            found = rows_of(result)
+        except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise UserError(f"{path} does not hold the result of a run of this version of the "
-                            "project: take it away, or give other folders")
+                            "project: take it away, or give other folders") from error
         if result["validate"]:
             validated += 1
-            continue
-        size = "all" if result["shots"] is None else f"{result['shots']} shots"
-        if result["split"] is not None:
-            size = f"split {result['split']}"
-        title = f"{result['data']}, {size}, {result['clip']}"
-        shared = {key: result[key] for key in SETTINGS}
-        zero_shot = dict(result["zero_shot"], average=statistics.mean(result["zero_shot"].values()))
-        for task, values in dict(result["accuracy"], average=result["average"]).items():
-            for seed, value in zip(result["seeds"], values):
-                rows.append(dict(shared, title=title, folder=str(path.parent), seed=seed, task=task,
-                                 zero_shot=zero_shot[task], accuracy=value,
-                                 parameters=result["trainable_parameters"],
-                                 key=json.dumps([result[key] for key in OWN])))
+        else:
+            rows += [dict(row, folder=str(path.parent)) for row in found]
     if validated:
         print(f"left out: {validated} run{'s' * (validated > 1)} of --validate, scored on held-out "
               "training images", file=sys.stderr)
@@ -1848,6 +1872,24 @@ def read_runs(folders):
         print(f"{folder} has a seed that a later run has, too: the later one counts",
               file=sys.stderr)
     return label(runs.drop_duplicates(same, keep="last"))
+
+
+def rows_of(result):
+    """The rows of one result.json, per task (and "average") and seed; fails on a damaged one."""
+    size = "all" if result["shots"] is None else f"{result['shots']} shots"
+    if result["split"] is not None:
+        size = f"split {result['split']}"
+    shared = {key: result[key] for key in SETTINGS}
+    shared.update(title=f"{result['data']}, {size}, {result['clip']}",
+                  key=json.dumps([result[key] for key in OWN]),
+                  parameters=int(result["trainable_parameters"]))
+    zero_shot = {task: float(result["zero_shot"][task]) for task in result["tasks"]}
+    zero_shot["average"] = statistics.mean(zero_shot.values())
+    accuracy = {task: result["accuracy"][task] for task in result["tasks"]}
+    accuracy["average"] = result["average"]
+    return [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=zero_shot[task])
+            for task, values in accuracy.items()
+            for seed, value in zip(result["seeds"], values, strict=True)]
 
 
 def label(runs):
@@ -1959,6 +2001,8 @@ def predict(argv):
         method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
     )
     saved = load_saved(path, "a prompts.pt", kinds, "give the prompts.pt that a run wrote")
+    if not _is_whole(saved):
+        raise UserError(f"{path} is damaged: give the prompts.pt that a run wrote")
     names = list(saved["tasks"])
     if given.task is None and len(names) > 1:
         raise UserError(f"{path} has {len(names)} tasks: say with --task which one the images are "
@@ -1974,13 +2018,17 @@ def predict(argv):
             raise UserError(f"there is no image {file}: give the files of images")
         read_image(file)
     method, chosen = load_method(saved["method"]), given.task or names[0]
+    seed = next(iter(saved["prompts"]))
     known = {field.name for field in fields(method.Args)}
     settings = {key: value for key, value in saved["settings"].items() if key in known}
-    args = replace(method.Args(**settings), device=checked_device(given.device), workers=0,
-                   eval=str(path), resume=False)
-    args.clip = given.clip or args.clip
-    seed = next(iter(saved["prompts"]))
-    args.seeds = (seed,)
+    settings.update(clip=given.clip or settings["clip"], seeds=(seed,), workers=0,
+                    device=given.device, eval=str(path), resume=False)
+    try:
+        args = _absolute(method.Args(**settings))
+        _validate(args)
+    except TypeError as error:
+        raise UserError(f"{path} is damaged ({datasets.brief(error)}): give the prompts.pt that a "
+                        "run wrote") from error
     model, kept = load_backbone(args), []
 
     def keep(scores, labels):
@@ -1994,8 +2042,13 @@ def predict(argv):
              for name, classes in saved["tasks"].items()]
     states = saved["prompts"][seed]
     if getattr(args, "single_task", False):
-        tasks, states = [task for task in tasks if task.name == chosen], states[chosen]
-    prompts = restored(args, method.build(args, model, tasks), states)
+        tasks, states = [task for task in tasks if task.name == chosen], states.get(chosen)
+    try:
+        prompts = method.build(args, model, tasks)
+        prompts.load_state_dict(states)
+    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the prompts in {path} do not fit {args.clip} ({datasets.brief(error)}): "
+                        "give the --clip that they were trained with") from error
     method.score(args, model, tasks, prompts)
     print(f"{chosen}, seed {seed}, %")
     for file, row in zip(files, kept[-1].float().softmax(dim=-1).cpu()):    # zero-shot comes first
@@ -2004,15 +2057,32 @@ def predict(argv):
             print(f"{100 * p:6.1f}  {saved['tasks'][chosen][k]}")
 
 
+def _is_whole(saved):
+    """Whether a prompts.pt names classes and a template of every task, a backbone and prompts."""
+    parts = [*saved["tasks"], *saved["templates"].values(), saved["settings"].get("clip")]
+    for names in saved["tasks"].values():
+        if not isinstance(names, (list, tuple)) or not names:
+            return False
+        parts += names
+    states = saved["prompts"].values()
+    return (saved["method"] != "common" and saved["tasks"].keys() == saved["templates"].keys()
+            and all(isinstance(part, str) for part in parts)
+            and bool(saved["tasks"] and states) and all(isinstance(x, dict) for x in states))
+
+
 COMMANDS = {"check": check, "zero-shot": zero_shot, "probe": probe, "table": table,
             "predict": predict}
 
 
 def commands(argv=None):
     """`python common.py check|zero-shot|probe|table|predict ...`: what belongs to no method."""
-    word, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["nothing"]
+    argv = sys.argv[1:] if argv is None else list(argv)
+    usage = f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)"
+    if not argv:
+        raise UserError(usage)
+    word, *rest = argv
     if word in ("-h", "--help"):
-        print(f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)")
+        print(usage)
         return
     if word not in COMMANDS:
         raise UserError(

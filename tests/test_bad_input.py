@@ -3,16 +3,20 @@ written or lost."""
 
 import io
 import json
+import os
 import pickle
+import re
 import shutil
+import subprocess
 import sys
 import urllib.error
 import urllib.request
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_tree, random_clip, run_script
+from conftest import ROOT, TINY, make_tree, random_clip, run_script
 from PIL import Image
 
 import common
@@ -65,6 +69,8 @@ def check_line(code, err, out, says, script="coop_mt"):
     assert code == 2 and not out
     if "For full helptext" in err:  # tyro refuses a flag or its value in a box of its own
         assert "Traceback" not in err and f"{script}.py --help" in err
+        words = " ".join(err.translate(str.maketrans("", "", "│╭╮╰╯─")).split())
+        assert [word for word in map(str, says) if word not in words] == [], err
         return
     assert (
         err.startswith(f"{script}.py: ")
@@ -467,6 +473,32 @@ def test_more_context_vectors_than_text_positions_are_refused_with_the_most_that
 
 
 @pytest.mark.parametrize(
+    "words",
+    ["--precision fp8", "--batches both", "--schedule linear", "--surgery scalpel"],
+)
+def test_a_choice_that_there_is_not_is_answered_with_the_list(refused, words):
+    flag, choice = words.split()
+    field = coop.Args.__dataclass_fields__[flag.removeprefix("--")]
+    refused(flag, choice, says=[flag, choice, *re.findall(r"'(\w+)'", str(field.type))])
+
+
+@pytest.mark.parametrize(
+    "words", ["--amp", "--compile", "--max-mem 4", "--predict a.png", "--task drawn"]
+)
+def test_a_flag_that_was_dropped_is_unknown(refused, words):
+    refused(*words.split(), says=["Unrecognized options", words.split()[0]])
+
+
+def test_a_number_of_workers_starts_at_zero(refused):
+    refused("--workers", -1, says=["--workers -1", "give 0 or more"])
+
+
+@pytest.mark.parametrize("part", ["0", "-1", "1.5", "nan", "inf"])
+def test_a_view_shows_a_part_of_an_image(refused, part):
+    refused("--min-crop", part, says=["--min-crop", float(part), "above 0 and up to 1"])
+
+
+@pytest.mark.parametrize(
     "words", [["--epoch", "3"], ["--nctx", "4"], ["emoji"], ["--seeds"], ["--data"]], ids=" ".join
 )
 def test_words_that_mean_nothing_point_to_the_help(refused, words):
@@ -728,6 +760,59 @@ def test_resume_with_spoilt_settings_names_the_file(refused, stopped, text):
     refused("--resume", "--out", stopped, says=[stopped / "settings.json", "another --out"])
 
 
+DAMAGED = [
+    ("seeds", None),
+    ("seeds", 1),
+    ("seeds", ["one"]),
+    ("lr", "fast"),
+    ("split", []),
+    ("precision", "fp8"),
+    ("workers", {}),
+    ("single_task", 7),
+]
+
+
+@pytest.mark.parametrize("key, value", DAMAGED, ids=str)
+def test_a_saved_setting_that_no_flag_takes_is_named(refused, stopped, key, value):
+    path, prompts = stopped / "settings.json", stopped / "prompts.pt"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), **{key: value})))
+    refused("--resume", "--out", stopped, says=[stopped, "is damaged", key, "another --out"])
+    saved = torch.load(prompts, weights_only=True)
+    saved["settings"][key] = value
+    torch.save(saved, prompts)
+    refused("--eval", prompts, says=[prompts, "is damaged", key])
+
+
+@pytest.mark.parametrize("seen", [{}, {1: None}, {1: [1, 2]}], ids=str)
+def test_prompts_that_do_not_say_what_they_were_trained_on_are_refused(refused, finished, seen):
+    path = finished / "prompts.pt"
+    torch.save(dict(torch.load(path, weights_only=True), trained_on=seen), path)
+    refused("--eval", path, says=[path, "is damaged", "seed 1"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"method": "coop_mt"}'])
+def test_a_spoilt_result_of_a_finished_run_is_named(refused, finished, text):
+    (finished / "result.json").write_text(text)
+    refused("--resume", "--out", finished, says=[finished / "result.json", "another --out"])
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_is_refused(
+    method, tree, tmp_path, small_run, monkeypatch
+):
+    """The other's settings come between the check and the first write."""
+    out, opened = tmp_path / "run", common.Run.open
+
+    def late(run, found):
+        out.mkdir()
+        (out / "settings.json").write_text("another's")
+        opened(run, found)
+
+    monkeypatch.setattr(common.Run, "open", late)
+    code, err, printed = method("--data", tree, *small_run, "--out", out)
+    check_line(code, err, printed, [f"--out {out}", "another run", "another folder"])
+    assert contents(out) == {out / "settings.json": b"another's"}
+
+
 @pytest.mark.parametrize(
     "name", ["settings.json", "checkpoint.pt", "prompts.pt", "log.csv", "result.json"]
 )
@@ -841,7 +926,7 @@ def test_prompts_that_do_not_fit_the_text_are_counted_together(refused, tree, sc
 
 @pytest.mark.parametrize(
     "groups, says",
-    [(3, "the 2 tasks"), (0, "too small"), (-1, "too small"), ("many", "invalid int")],
+    [(3, "the 2 tasks"), (0, "too small"), (-1, "too small"), ("many", "invalid literal")],
 )
 def test_groups_that_cannot_be(refused, tree, groups, says):
     refused(
@@ -1015,8 +1100,6 @@ def test_words_of_hipro_and_of_surgery_that_cannot_be(refused, tree):
 
 def test_data_that_changed_since_the_checkpoint_is_noticed(refused, stopped):
     shapes = json.loads((stopped / "settings.json").read_text())["data"]
-    from pathlib import Path
-
     image = next(Path(shapes).rglob("*.png"))
     kept = image.read_bytes()
     image.unlink()
@@ -1107,6 +1190,43 @@ def test_a_renamed_image_is_noticed_when_a_run_goes_on(refused, method, tree, tm
     refused("--resume", "--out", out, says=["does not fit the data as it is now", "another --out"])
 
 
+def test_a_renamed_image_is_noticed_in_the_middle_of_a_seed(
+    method, tree, tmp_path, small_run, monkeypatch
+):
+    """Only a phase has been saved."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save_prompts", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            method("--data", tree, *small_run, "--out", out)
+    [phase] = out.glob("checkpoint-*.pt")
+    assert not (out / "checkpoint.pt").exists()
+    (tree / "drawn" / "cup" / "000.png").rename(tree / "drawn" / "cup" / "zzz.png")
+    code, err, printed = method("--resume", "--out", out)
+    check_line(code, err, printed, [phase, "does not fit the data as it is now", "another --out"])
+    (tree / "drawn" / "cup" / "zzz.png").rename(tree / "drawn" / "cup" / "000.png")
+    code, err, _ = method("--resume", "--out", out)
+    assert code == 0, err
+
+
+def test_a_worker_that_dies_in_a_run_names_the_flag_that_works_without(
+    method, tree, tmp_path, small_run, monkeypatch
+):
+    read = common.Images.__getitem__
+
+    def die(images, index):
+        if torch.utils.data.get_worker_info():
+            os._exit(1)
+        return read(images, index)
+
+    monkeypatch.setattr(common.Images, "__getitem__", die)
+    out = tmp_path / "run"
+    code, err, printed = method("--data", tree, *small_run, "--workers", 1, "--out", out)
+    check_line(code, err, printed, ["died", "give --workers 0"])
+    code, err, _ = method("--resume", "--out", out, "--workers", 0)
+    assert code == 0, err
+
+
 def test_saved_paths_are_absolute_and_a_run_is_scored_from_anywhere(
     method, tree, tmp_path, small_run, backbone, monkeypatch
 ):
@@ -1159,11 +1279,6 @@ def test_an_update_that_explodes_after_the_last_loss_is_refused(
 
 def test_names_that_a_terminal_cannot_show_and_a_pipe_that_closes_early(tree, tmp_path, small_run):
     """As a process: ASCII output, and `| head -1`."""
-    import os
-    import subprocess
-
-    from conftest import ROOT
-
     (tree / "drawn").rename(tree / "gezeichnet \u00fc")
     words = [
         sys.executable,

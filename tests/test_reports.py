@@ -312,15 +312,22 @@ def test_pictures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, 
         (["table", "broken"], ["result.json", "take it away"]),
         (["table", "good", "--plot"], ["--plot needs --out"]),
         (["tabel"], ["'tabel'", "did you mean 'table'"]),
-        ([], ["zero-shot"]),
+        ([], ["usage: python common.py check|zero-shot"]),
+        (["table", "good", "--out", "file"], ["file is a file or read-only"]),
         (["probe", "--seeds", "1", "1"], ["--seeds 1 1"]),
         (["zero-shot", "--clip", "ViT"], ["unknown backbone 'ViT'"]),
         (["zero-shot", "--out", "good"], ["good holds another result"]),
+        (["zero-shot", "--out=~/good"], ["good holds another result"]),
+        (["zero-shot", "--out", "file/run"], ["file is a file or read-only"]),
+        (["probe", "--data", "a=tree/a,b=tree/b", "--shots", "1", "--clip", "tiny"], ["task b"]),
     ],
 )
 def test_bad_words_are_met_with_one_line(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    make_tree(tmp_path / "tree", {"a/cup": 2, "a/hat": 2, "b/cup": 2})
     write_run(tmp_path / "good")
     write_run(tmp_path / "broken", accuracy=dict(A=[1.0], B=[1.0]))
     monkeypatch.setattr(sys, "argv", ["common.py", *words])
@@ -328,6 +335,25 @@ def test_bad_words_are_met_with_one_line(words, says, tmp_path, monkeypatch, cap
         common.script(common.commands)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and line.count("\n") == 1 and all(word in line for word in says)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(zero_shot=[50.0, 30.0]),
+        dict(zero_shot=dict(A=50.0)),
+        dict(average=[50.0]),
+        dict(trainable_parameters=None),
+        dict(seeds=3),
+        dict(tasks=[]),
+    ],
+)
+def test_a_damaged_result_is_named(changes, tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), **changes)))
+    with pytest.raises(common.UserError, match="run/result.json does not hold the result"):
+        common.commands(["table", str(tmp_path)])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -559,3 +585,58 @@ def test_what_cannot_be_predicted_is_refused_in_one_line(
         common.script(common.commands)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and line.count("\n") == 1 and all(word in line for word in says)
+
+
+def change(path, **changes):
+    """Save a prompts.pt again, with some of its values replaced."""
+    torch.save(dict(torch.load(path, weights_only=True), **changes), path)
+
+
+def test_the_prompts_of_single_tasks_predict_their_own_task(tmp_path, tiny, capsys):
+    model, preprocess = tiny
+    _, prompts, path = saved_run("coop_mt", tmp_path, model)
+    saved = torch.load(path, weights_only=True)
+    apart = dict(drawn={"vectors": torch.zeros(4, 128)}, painted=saved["prompts"][1])
+    change(path, settings=dict(saved["settings"], single_task=True), prompts={1: apart})
+    noise(1).save(tmp_path / "0.png")
+    capsys.readouterr()
+    words = ["predict", str(path), str(tmp_path / "0.png"), "--device", "cpu"]
+    common.commands([*words, "--task", "painted"])
+    with torch.no_grad():
+        expected = by_hand("coop_mt", model, prompts, preprocess(noise(1))[None])[0]
+    first = capsys.readouterr().out.split("\n")[3]
+    assert first == f"{100 * expected.max():6.1f}  {NAMES[expected.argmax()]}"
+
+
+def test_no_file_that_a_prompts_pt_names_is_run(tmp_path, tiny):
+    _, _, path = saved_run("coop_mt", tmp_path, tiny[0])
+    noise(1).save(tmp_path / "0.png")
+    (tmp_path / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for method in (str(tmp_path / "other"), os.path.relpath(tmp_path / "other", ROOT), "common"):
+        change(path, method=method)
+        with pytest.raises(common.UserError, match="no method file|is damaged"):
+            common.commands(["predict", str(path), str(tmp_path / "0.png"), "--task", "drawn"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(prompts={}),
+        dict(prompts={1: 3}),
+        dict(prompts={1: {}}),
+        dict(prompts={1: {"vectors": torch.zeros(3, 128)}}),
+        dict(templates={}),
+        dict(templates=dict(drawn=5, painted=5)),
+        dict(tasks=dict(drawn=3, painted=NAMES)),
+        dict(settings={}),
+        dict(settings=dict(clip=None)),
+        dict(settings=dict(clip="tiny", shots=1, n_ctx="4")),
+    ],
+)
+def test_a_damaged_prompts_pt_is_named(changes, tmp_path, tiny):
+    _, _, path = saved_run("coop_mt", tmp_path, tiny[0])
+    change(path, **changes)
+    noise(1).save(tmp_path / "0.png")
+    with pytest.raises(common.UserError, match="prompts.pt (is damaged|do not fit tiny)"):
+        common.commands(["predict", str(path), str(tmp_path / "0.png"), "--task", "drawn"])

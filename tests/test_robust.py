@@ -227,8 +227,26 @@ def test_a_finished_phase_yields_nothing_and_leaves_its_parts_as_they_ended(tmp_
     assert drawn[1] == torch.rand(()).item() and other not in drawn
 
 
-# --------------------------------------------------------------------------------------------------
-# ----- slow, and many times
+def test_killed_in_the_second_task_of_single_task_ends_with_the_same_numbers(words, tmp_path, here):
+    """SIGKILL when the first task has its checkpoint and the second one its first."""
+    small = [*words, "--shots", 8, "--batch-size", 4, "--epochs", 3, "--single-task"]
+    code, _, err = here("coop_mt.py", *small, "--out", tmp_path / "whole")
+    assert code == 0, err
+    process = started("coop_mt.py", *small, "--out", tmp_path / "run")
+    while len(list((tmp_path / "run").glob("checkpoint-*.pt"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run" / "result.json").exists()
+    code, _, err = here("coop_mt.py", "--resume", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    log, whole = ((tmp_path / name / "log.csv").read_text() for name in ("run", "whole"))
+    assert log == whole and log.count("\n") == 1 + 2 * 3
+
+
+# ------------------------------------------------------------------------- slow, and many times
 
 SCRIPTS = {
     "coop_mt": [],

@@ -32,7 +32,7 @@ def read_image(path):
             with Image.open(path) as image:
                 image.load()
                 return rgb(upright(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:      # Pillow's decoders raise RuntimeError, TypeError and others
         raise UserError(
             f"{path} cannot be decoded as an image ({brief(error)}): replace it or take it away"
         ) from error

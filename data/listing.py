@@ -22,6 +22,11 @@ class Listing:
     read: Callable = read_image
     taken: list = field(default_factory=list)       # training images of each class, once divided
     notes: list = field(default_factory=list)       # what is not as published or asked for
+    numbers: list = None        # the classes' numbers in the draw; None: 0, 1, 2, ...
+
+    def draw_of(self, label):
+        """What the images of a class are drawn by, beside the seed."""
+        return f"{self.draw}/{label if self.numbers is None else self.numbers[label]}"
 
 
 def file_of(path):

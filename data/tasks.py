@@ -90,7 +90,7 @@ def divide(listing, split, shots, seed):
     train, test, taken = [], [], []
     for label, items in enumerate(listing.items):
         order = list(range(len(items)))
-        random.Random(f"{seed}/{listing.draw}/{label}").shuffle(order)
+        random.Random(f"{seed}/{listing.draw_of(label)}").shuffle(order)
         take = len(items)
         if split is not None:
             take = max(1, round(split * len(items)))
@@ -139,7 +139,7 @@ def validation(listing, shots, seed):
     for label, items in enumerate(listing.val or []):
         chosen = list(range(len(items)))
         if shots is not None:
-            random.Random(f"{seed}/{listing.draw}/{label}/val").shuffle(chosen)
+            random.Random(f"{seed}/{listing.draw_of(label)}/val").shuffle(chosen)
             chosen = sorted(chosen[:min(shots, 4)])
         pairs += [(items[i], label) for i in chosen]
     return pairs

@@ -110,6 +110,18 @@ def test_what_cannot_be_decoded_is_named(tmp_path):
         data.read_image(tmp_path / "x.png")
 
 
+def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
+    """Pillow raises NotImplementedError, RuntimeError and others for damaged files."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.dds")
+    damaged = bytearray((tmp_path / "x.dds").read_bytes())
+    damaged[80:84] = bytes(4)                                   # the flags of its pixel format
+    (tmp_path / "x.dds").write_bytes(damaged)
+    with pytest.raises(NotImplementedError):
+        Image.open(tmp_path / "x.dds")
+    with pytest.raises(data.UserError, match="x.dds cannot be decoded as an image"):
+        data.read_image(tmp_path / "x.dds")
+
+
 def test_evaluation_and_training_show_clips_own_pixels():
     """`in_order` and `normalise` are the clip package's preprocessing."""
     images = data.Images(range(3), [0, 1, 2], lambda i: noise(i, 50 + 7 * i).resize((60, 40 + i)))
@@ -390,6 +402,16 @@ def test_names_that_are_not_utf8_or_differ_in_normalisation_are_read(tmp_path):
     tasks = data.load_tasks(str(tmp_path / "t"), shots=2)
     assert [task.name for task in tasks] == ["one", "zw\ufffd"]
     assert all(image.size == (24, 24) for image, _ in [*tasks[1].train, *tasks[1].test])
+
+
+def test_a_domain_has_one_name_and_one_split_whichever_system_unpacked_it(tmp_path):
+    """A Mac writes the letter and its dots one after the other."""
+    found = []
+    for here, name in (("linux", "Z\u00fcrich"), ("mac", "Zu\u0308rich")):
+        make_tree(tmp_path / here / name, {"cup": 6, "hat": 6})
+        [task] = data.load_tasks(str(tmp_path / here), shots=2)
+        found.append((task.name, [(x.parent.name, x.name) for x in task.train.items]))
+    assert found[0] == found[1] and found[0][0] == "Z\u00fcrich"
 
 
 def test_numbered_and_camel_case_folders_make_the_texts_that_people_say(tmp_path):

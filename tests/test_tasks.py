@@ -87,6 +87,15 @@ def test_emoji24_is_four_styles_times_six_topics_of_the_same_drawings():
     assert min(len(task.class_names) for task in tasks) >= 6
 
 
+@pytest.mark.parametrize("how", [dict(shots=6), dict(split=0.1), dict(split=0.5)], ids=str)
+def test_a_drawing_is_on_the_same_side_in_emoji24_as_in_emoji(how):
+    """Otherwise prompts of one benchmark have been trained on what the other tests."""
+    whole, parts = (load_tasks(name, seed=2, **how) for name in ("emoji", "emoji24"))
+    for side in ("train", "test"):
+        drawings = [{x for t in tasks for x in getattr(t, side).items} for tasks in (whole, parts)]
+        assert drawings[0] == drawings[1]
+
+
 def test_some_tasks_of_a_benchmark_can_be_named():
     tasks = load_tasks("emoji24:*food+Noto Things", shots=6)
     assert [task.name for task in tasks] == [

@@ -2,7 +2,7 @@
 
 `emoji`: 4 tasks, the styles, with 58 shared classes. `emoji24`: the same drawings as 24 tasks, 4
 styles times 6 topics, each with the classes of its topic. All drawings of one emoji are on the same
-side of a split in every style.
+side of a split in every style, and in both benchmarks.
 """
 import json
 from pathlib import Path
@@ -86,25 +86,26 @@ def drawings():
     return numbers
 
 
-def listing(task, sheet, names, numbers, draw):
+def listing(task, sheet, names, numbers):
     """The Listing of some classes in one style."""
     path = str(FOLDER / f"{sheet}.webp")
     items = [[(path, number) for number in numbers[name]] for name in names]
-    return Listing(task, names, "a drawing of a {}", items, draw=draw, read=read_tile)
+    places = [list(numbers).index(name) for name in names]
+    return Listing(
+        task, names, "a drawing of a {}", items, draw="emoji", numbers=places, read=read_tile
+    )
 
 
 def emoji(root):
     """4 drawing styles x 58 classes."""
     numbers = drawings()
-    return [
-        listing(style, sheet, list(numbers), numbers, "emoji") for style, sheet in STYLES.items()
-    ]
+    return [listing(style, sheet, list(numbers), numbers) for style, sheet in STYLES.items()]
 
 
 def emoji24(root):
     """4 drawing styles x 6 topics, each task with the 6 to 14 classes of its topic."""
     numbers = drawings()
-    return [listing(f"{style} {topic}", sheet, names, numbers, f"emoji24/{topic}")
+    return [listing(f"{style} {topic}", sheet, names, numbers)
             for style, sheet in STYLES.items() for topic, names in TOPICS.items()]
 
 

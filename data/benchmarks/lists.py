@@ -11,8 +11,7 @@ from ..listing import Listing, images_of
 def spoken(name):
     """A folder's name as people say it: `Alarm_Clock` is "alarm clock", `AnnualCrop` "annual crop",
     and `001.Black_footed_Albatross` "black footed albatross"."""
-    name = unicodedata.normalize("NFC", printable(name))
-    name = re.sub(r"^\d{2,}[._]+(?=\D)", "", name)
+    name = re.sub(r"^\d{2,}[._]+(?=\D)", "", printable(name))
     name = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", name)
     return " ".join(name.replace("_", " ").split()).lower()
 
@@ -23,8 +22,10 @@ def plain(name):
 
 
 def printable(name):
-    """A name from the file system without the bytes that are no UTF-8."""
-    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name from the file system in Unicode's normal form NFC, bytes that are no UTF-8
+    replaced."""
+    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return unicodedata.normalize("NFC", text)
 
 
 def counted(things, noun):

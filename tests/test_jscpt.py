@@ -9,13 +9,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Phases, make_tree, run_script, small_tasks
+from conftest import TINY, Phases, make_tree, numbers, run_script, small_tasks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import data as datasets
 
 jscpt = common.load_method("jscpt")
+SHORT = "--shots 2 --clip tiny --epochs 3 --n-ctx 2 --batch-size 3 --workers 0".split()
 
 
 def settings(**changes):
@@ -62,8 +63,10 @@ def gradients(model, texts, prompts, batch, create_graph=False):
 
 @pytest.fixture
 def three(small):
-    """(model, tasks, prompts away from their start, a batch), in doubles; the third task has class
-    names of its own."""
+    """(model, tasks, prompts away from their start, a batch), in doubles.
+
+    The third task has class names of its own.
+    """
     tasks = small_tasks("a", "b", "c")
     tasks[2].class_names = ["tree", "house", "very long name"]
     common.seed_everything(1)
@@ -100,25 +103,20 @@ def plain_losses(model, tasks, prompts, batch):
     return torch.stack(selected), torch.stack(original)
 
 
-# ------------------------------------------------------------------------------------------------
-# prompts and Eq. (2), (3)
+# ------------------------------------------------------------------------- prompts and Eq. (2), (3)
 
 
 def test_parameters_at_vit_b16(vit_b16):
     prompts = jscpt.build(settings(n_ctx=16), vit_b16, small_tasks(*"abcd"))
     assert count(prompts.parameters()) == 813_600  # 0.2034 M a task: the paper's 0.203 M
-    assert (
-        count(jscpt.omega_of(settings(), prompts).values()) == 4 + 16
-    )  # alpha and beta, counted apart
-    assert (
-        not prompts.alpha.requires_grad and prompts.alpha.eq(1).all() and prompts.beta.eq(1).all()
-    )
+    assert count(jscpt.omega_of(settings(), prompts).values()) == 4 + 16    # counted apart
+    assert not prompts.alpha.requires_grad and not prompts.beta.requires_grad
+    assert prompts.alpha.eq(1).all() and prompts.beta.eq(1).all()
     assert (torch.sigmoid(prompts.m) == 0.5).all()
 
 
 def test_selection_by_hand():
-    """D = 2, MLP(z) = z + 2 relu(z) + (1, 0): masked (1, -2) -> (4, -2) -> sum (5, -4) -> (16,
-    -4)."""
+    """MLP(z) = z + 2 relu(z) + (1, 0): masked (1, -2) -> (4, -2) -> sum (5, -4) -> (16, -4)."""
     eye = torch.eye(2)[None]
     theta = dict(
         m=torch.zeros(1, 2),
@@ -137,9 +135,8 @@ def test_selected_features_are_the_features_at_the_start(small):
     tasks = small_tasks("a", "b", "c")
     prompts, x = jscpt.build(settings(), small, tasks), torch.randn(6, 32)
     theta, task = prompts.copies(), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert torch.equal(jscpt.select(theta, x, task), x) and torch.equal(
-        jscpt.select(theta, x, 1), x
-    )
+    assert torch.equal(jscpt.select(theta, x, task), x)
+    assert torch.equal(jscpt.select(theta, x, 1), x)
     batch, texts = batch_of(small, tasks, 1), jscpt.texts_of(settings(), tasks)
     losses = jscpt.losses_at(small, texts, theta, batch)
     original = plain_losses(small, tasks, prompts, batch)[1]
@@ -156,24 +153,22 @@ def test_losses_of_all_tasks_in_one_pass_equal_those_computed_one_by_one(three):
     assert not torch.allclose(losses, plain, atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------
-# -------- Eq. (4) to (6)
+# ----------------------------------------------------------------------------------- Eq. (4) to (6)
 
 
 def test_causal_effect_by_hand():
-    """No gain: sigma(1) = 0.7311; a gain of ln 2: sigma(2) = 0.8808; a loss of ln 2: sigma(1/2) =
-    0.6225; hopeless: 1/2."""
+    """No gain: sigma(1); a gain of ln 2: sigma(2); a loss of ln 2: sigma(1/2); hopeless: 1/2."""
     gain = torch.tensor([0.0, math.log(2), -math.log(2), -200.0, 200.0], dtype=torch.double)
     effect = jscpt.causal_effect(1 + gain, torch.ones(5, dtype=torch.double))
-    assert (
-        effect.tolist() == pytest.approx([0.7310586, 0.8807971, 0.6224593, 0.5, 1.0])
-        and effect.dtype == torch.double
-    )
+    assert effect.tolist() == pytest.approx([0.7310586, 0.8807971, 0.6224593, 0.5, 1.0])
+    assert effect.dtype == torch.double
 
 
 def test_affinity_by_hand():
-    """g = (2, 0), (1, 1), (-1, 0): A[0, 1] = 2 / 2, A[1, 0] = 2 / 4, A[0, 2] = -2 / 1 -> -1, A[2,
-    0] = -2 / 4, A[2, 1] = -1 / 2."""
+    """g = (2, 0), (1, 1), (-1, 0).
+
+    A[0, 1] = 2 / 2, A[1, 0] = 2 / 4, A[0, 2] = -2 / 1 -> -1, A[2, 0] = -2 / 4, A[2, 1] = -1 / 2.
+    """
     grads = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
     before = grads.clone()
     assert jscpt.affinity(grads).tolist() == [[0.0, 1.0, -1.0], [0.5, 0.0, -1.0], [-0.5, -0.5, 0.0]]
@@ -181,15 +176,12 @@ def test_affinity_by_hand():
 
 
 def test_a_gradient_of_zero_has_no_affinity():
-    assert jscpt.affinity(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist() == [
-        [0.0, 0.0],
-        [0.0, 0.0],
-    ]
+    assert jscpt.affinity(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).eq(0).all()
 
 
 def test_schedule_by_hand():
-    """phi_0 = sigma(2 * 0.5) sigma(3 * 0.25 + 0), phi_1 = sigma(-1 * 1) sigma(4 * -0.5 + 0): beta's
-    row, the affinity's column."""
+    """beta's row, the affinity's column: phi_0 = sigma(2 * 0.5) sigma(3 * 0.25 + 0),
+    phi_1 = sigma(-1 * 1) sigma(4 * -0.5 + 0)."""
     sigma = lambda x: 1 / (1 + math.exp(-x))
     alpha, beta = torch.tensor([2.0, -1.0]), torch.tensor([[9.0, 3.0], [4.0, 9.0]])
     phi = jscpt.schedule(
@@ -213,8 +205,7 @@ def test_with_one_task_phi_changes_the_size_of_the_step_alone():
     assert A.tolist() == [[0.0]] and phi.item() == pytest.approx(1 / (1 + math.exp(-1.6)) / 2)
 
 
-# -------------------------------------------------------------------------------------------------
-# the lower level, Eq. (9)
+# ------------------------------------------------------------------------- the lower level, Eq. (9)
 
 
 def test_the_lower_step_is_autograds_gradient_of_the_weighted_losses(three):
@@ -288,17 +279,14 @@ def test_cagrad_replaces_the_sum_on_shared_parameters_and_the_task_factor(small)
         assert (trained[k] - (p - 0.05 * d)).abs().max() < 1e-4 * max(1, d.abs().max())
 
 
-# --------------------------------------------------------------------------------------- the upper
-# level, Eq. (10), (11)
+# ------------------------------------------------------------------ the upper level, Eq. (10), (11)
 
 
 def test_neumann_tends_to_the_inverse_and_stops_where_it_is_told():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 6, dtype=torch.double, generator=generator)
-    H, v = (
-        x @ x.t() / 6 + 0.3 * torch.eye(6, dtype=torch.double),
-        torch.randn(6, dtype=torch.double, generator=generator),
-    )
+    H = x @ x.t() / 6 + 0.3 * torch.eye(6, dtype=torch.double)
+    v = torch.randn(6, dtype=torch.double, generator=generator)
     hvp = lambda u: [
         part.view(p.shape)
         for part, p in zip((H @ torch.cat([q.flatten() for q in u])).split([2, 4]), u)
@@ -311,9 +299,8 @@ def test_neumann_tends_to_the_inverse_and_stops_where_it_is_told():
     step = torch.eye(6, dtype=torch.double) - 0.2 * H
     series = 0.2 * (v + step @ v + step @ step @ v + step @ step @ step @ v)
     assert torch.allclose(flat(jscpt.neumann(hvp, split, 3, 0.2)), series, atol=1e-12)
-    assert torch.equal(flat(jscpt.neumann(hvp, split, 0, 0.2)), 0.2 * v) and torch.equal(
-        flat(split), v
-    )
+    assert torch.equal(flat(jscpt.neumann(hvp, split, 0, 0.2)), 0.2 * v)
+    assert torch.equal(flat(split), v)
 
 
 def test_the_hessian_product_of_the_real_model_agrees_with_central_differences(tiny):
@@ -354,8 +341,10 @@ def test_the_hessian_product_of_the_real_model_agrees_with_central_differences(t
 
 
 def test_the_implicit_gradient_agrees_with_finite_differences_where_the_inner_optimum_is_exact():
-    """L_i = |A_i (s, o_i) - c_i|^2 / 2 of shared s and own o_i: theta* solves a linear system. The
-    series is long."""
+    """L_i = |A_i (s, o_i) - c_i|^2 / 2 of shared s and own o_i: theta* solves a linear system.
+
+    The series is long.
+    """
     generator = torch.Generator().manual_seed(4)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.double, generator=generator)
     N, S, Q = 3, 3, 2
@@ -410,18 +399,15 @@ def test_the_implicit_gradient_agrees_with_finite_differences_where_the_inner_op
 
 
 def test_the_upper_step_follows_the_truncated_series_written_out(three):
-    """Against plain autograd on losses computed a task at a time, and the derivative of sigma by
-    hand."""
+    """Against plain autograd on losses of one task at a time; the derivative of sigma by hand."""
     model, tasks, prompts, batch = three
     images, labels, task = batch_of(copy.deepcopy(model).float(), tasks, seed=2)
     args, dev = settings(), (images.double(), labels, task)
     effect = torch.tensor([0.6, 0.9, 0.7], dtype=torch.double)
     A = torch.tensor([[0.0, 0.3, -0.5], [0.8, 0.0, 0.1], [-1.0, 0.4, 0.0]], dtype=torch.double)
     alpha, beta, theta = prompts.alpha.clone(), prompts.beta.clone(), list(prompts.parameters())
-    p_w, t_w = (
-        torch.sigmoid(alpha * effect),
-        torch.sigmoid(torch.stack([beta[i] @ A[:, i] for i in range(3)])),
-    )
+    p_w = torch.sigmoid(alpha * effect)
+    t_w = torch.sigmoid(torch.stack([beta[i] @ A[:, i] for i in range(3)]))
     with sdpa_kernel(SDPBackend.MATH):
         losses, _ = plain_losses(model, tasks, prompts, batch)
     g = torch.autograd.grad((p_w * t_w * losses).sum(), theta, create_graph=True)
@@ -458,8 +444,7 @@ def test_the_upper_step_follows_the_truncated_series_written_out(three):
 
 
 def test_alpha_and_beta_move_every_m_steps_across_epochs(small, monkeypatch):
-    """Epochs of 3 steps and M = 4: after steps 4, 8 and 12 of the training, in epochs 2, 3 and
-    4."""
+    """Epochs of 3 steps and M = 4: after steps 4, 8 and 12, in epochs 2, 3 and 4."""
     seen, upper_step = [], jscpt.upper_step
     monkeypatch.setattr(
         jscpt, "upper_step", lambda *words: seen.append(int(words[3].steps)) or upper_step(*words)
@@ -468,14 +453,11 @@ def test_alpha_and_beta_move_every_m_steps_across_epochs(small, monkeypatch):
         settings(upper_every=4, batch_size=2, epochs=4), small, small_tasks("a", "b"), Phases()
     )
     assert seen == [4, 8, 12] and prompts.steps == 12
-    assert (prompts.alpha != 1).all() and (prompts.beta != 1).tolist() == [
-        [False, True],
-        [True, False],
-    ]
+    assert (prompts.alpha != 1).all()
+    assert (prompts.beta != 1).tolist() == [[False, True], [True, False]]
 
 
-# --------------------------------------------------------------------------------------------------
-# ---- development images
+# ------------------------------------------------------------------------------- development images
 
 
 def test_development_images_are_held_out_and_are_not_augmented(small):
@@ -510,8 +492,7 @@ def test_dev_shots_come_from_outside_the_training_split_and_leave_the_test_set()
     assert len(most.test) == 3 and sorted(most.test.labels) == [0, 1, 2]  # a class keeps one
 
 
-# --------------------------------------------------------------------------------------------------
-# -------------- ablations
+# ---------------------------------------------------------------------------------------- ablations
 
 ABLATIONS = {
     "": (0, 2 + 4),
@@ -558,6 +539,24 @@ def test_a_factor_that_is_left_out_keeps_its_starting_value():
     assert torch.allclose(without_task, torch.sigmoid(torch.tensor([0.18, 1.8])) / 2)
 
 
+def test_the_first_step_of_every_ablation_is_as_long_but_for_the_measured_affinity(small):
+    """phi = sigma(sigma(1)) / 2 = 0.3375 without the task factor, else 2 sigma(A's column sum)
+    times that: the affinity of the first step is not zero, the causal effect is sigma(1)."""
+    phi, start = {}, 0.5 / (1 + math.exp(-1 / (1 + math.exp(-1))))
+    for flag in ABLATIONS:
+        run = Phases()
+        common.seed_everything("start")
+        jscpt.train(ablated(flag), small, small_tasks("a", "b"), run)
+        phi[flag] = run.logged[0]["phi"]
+        if flag not in ("task_schedule", "cagrad"):
+            expected = 2 * start * torch.sigmoid(run.logged[0]["affinity"].sum(dim=0))
+            assert torch.allclose(phi[flag], expected, atol=1e-5)
+    assert torch.allclose(phi["selection"], phi[""], atol=1e-6)
+    assert torch.allclose(phi["prompt_schedule"], phi[""], atol=1e-5)
+    assert phi["task_schedule"].tolist() == pytest.approx([start] * 2, abs=1e-5)
+    assert phi["cagrad"].tolist() == pytest.approx([start] * 2, abs=1e-5)
+
+
 def test_without_any_schedule_there_is_no_upper_step(small, monkeypatch):
     monkeypatch.setattr(jscpt, "upper_step", None)
     args = settings(prompt_schedule=False, task_schedule=False, upper_every=1)
@@ -574,8 +573,7 @@ def test_every_ablation_trains_and_leaves_clip_alone(small, flag):
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
 
 
-# --------------------------------------------------------------------------------------------------
-# ---- what can go wrong
+# -------------------------------------------------------------------------------- what can go wrong
 
 
 @pytest.mark.parametrize(
@@ -596,20 +594,69 @@ def test_every_ablation_trains_and_leaves_clip_alone(small, flag):
 def test_words_that_cannot_be_are_refused_before_anything_is_written(tree, tmp_path, words, says):
     out = tmp_path / "run"
     with pytest.raises(common.UserError, match=says):
-        jscpt.main(
-            [
-                "--data",
-                str(tree),
-                "--shots",
-                "2",
-                "--clip",
-                "tiny",
-                "--out",
-                str(out),
-                *map(str, words),
-            ]
-        )
+        jscpt.main(["--data", str(tree), *SHORT, "--out", str(out), *map(str, words)])
     assert not out.exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tree, tmp_path, here):
+    for words in (["--scale", 0], ["--cagrad", "--no-task-schedule"], ["--dev-shots", 0]):
+        code, said, err = here("jscpt.py", "--data", tree, *SHORT, "--out", tmp_path / "a", *words)
+        assert code == 2 and not said and not (tmp_path / "a").exists()
+        assert err.startswith("jscpt.py: --") and err.count("\n") == 1 and words[0] in err
+
+
+def test_stopped_anywhere_a_run_resumes_to_the_same_numbers(tree, tmp_path, here, monkeypatch):
+    """Ctrl-C in the second epoch, and in the third between a lower and its upper step.
+
+    An epoch has two lower steps and an upper one: what is restored are alpha, beta, Adam's moments,
+    the momentum of SGD and how many lower steps there were.
+    """
+    words = ["--data", tree, *SHORT, "--upper-every", 2, "--upper-lr", 0.1]
+    assert here("jscpt.py", *words, "--out", tmp_path / "whole")[0] == 0
+    calls, upper_step, affinity = [], jscpt.upper_step, jscpt.affinity
+
+    def stopping(function, stop):
+        def call(*given):
+            calls.append(function)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return function(*given)
+        return call
+
+    def states(name):
+        return torch.load(tmp_path / name / "prompts.pt", weights_only=True)["prompts"][1]
+
+    whole = states("whole")
+    assert whole["steps"] == 6 and (whole["alpha"] != 1).all()
+    for stop, last in ((5, affinity), (9, upper_step)):
+        calls.clear()
+        run = f"run-{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(jscpt, "affinity", stopping(affinity, stop))
+            patch.setattr(jscpt, "upper_step", stopping(upper_step, stop))
+            code, _, err = here("jscpt.py", *words, "--out", tmp_path / run)
+        assert code == 130 and "--resume" in err and calls[-1] is last
+        assert here("jscpt.py", "--resume", "--out", tmp_path / run)[0] == 0
+        assert numbers(tmp_path / run) == numbers(tmp_path / "whole")
+        assert (tmp_path / run / "log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
+        assert all(torch.equal(x, whole[name]) for name, x in states(run).items())
+
+
+def test_one_task_alone_trains(small):
+    """There is no affinity: alpha moves, beta has no gradient, CAGrad has nothing to combine."""
+    for changes in ({}, dict(cagrad=True)):
+        args = settings(upper_every=1, epochs=2, **changes)
+        prompts = jscpt.train(args, small, small_tasks("a"), Phases())
+        assert prompts.alpha != 1 and prompts.beta == 1 and prompts.affinity.eq(0).all()
+        assert all(p.isfinite().all() for p in prompts.parameters())
+
+
+def test_a_task_without_images_in_a_mixed_batch_is_left_out_of_the_log(small):
+    run = Phases()
+    args = settings(batches="mixed", batch_size=1, upper_every=100)
+    jscpt.train(args, small, small_tasks("a", "b"), run)
+    rows = [row["losses"] for row in run.logged if "losses" in row]
+    assert all(row.isfinite().sum() == 1 for row in rows) and torch.stack(rows).isnan().any(0).all()
 
 
 def test_the_losses_run_on_cuda():
@@ -634,26 +681,9 @@ def test_figures_and_log_show_the_schedule(tmp_path):
         tmp_path / "shapes",
         {f"{d}/{c}": 5 for d in ("drawn", "painted", "cut") for c in ("cup", "hat")},
     )
-    done = run_script(
-        "jscpt.py",
-        "--data",
-        data,
-        "--shots",
-        3,
-        "--clip",
-        "tiny",
-        "--epochs",
-        2,
-        "--n-ctx",
-        2,
-        "--batch-size",
-        2,
-        "--upper-every",
-        2,
-        "--plot",
-        "--out",
-        tmp_path / "run",
-    )
+    words = ["--shots", 3, "--clip", "tiny", "--epochs", 2, "--n-ctx", 2, "--batch-size", 2]
+    done = run_script("jscpt.py", "--data", data, *words, "--upper-every", 2, "--plot", "--out",
+                      tmp_path / "run")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert all(
         (tmp_path / "run" / f"{name}-1.png").stat().st_size > 3000

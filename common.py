@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import statistics
 import sys
 import time
@@ -962,6 +963,7 @@ class Run:
     """
 
     latest = None
+    interrupted = False         # Ctrl-C was pressed: stop after the epoch if nothing else stopped
     # what a resumed run may change
     FREE = {"out", "plot", "device", "root", "download", "workers", "checkpoint", "resume", "eval"}
     FILES = ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt")
@@ -1065,6 +1067,8 @@ class Run:
             found = self.state["data"].get(self.seed)
             save_whole(path, dict(saved, seed=self.seed, phase=phase, parts=states, data=found))
             self._write_log()
+            if Run.interrupted:
+                raise KeyboardInterrupt
 
     def _restore(self, path, phase, parts):
         fresh = dict(epoch=0, seconds=0.0, rows=[])
@@ -1369,6 +1373,13 @@ def script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # names that the terminal cannot show
+
+    def interrupt(*_):
+        Run.interrupted = True      # an exception inside a destructor would be ignored by Python
+        raise KeyboardInterrupt
+
+    Run.interrupted = False
+    signal.signal(signal.SIGINT, interrupt)
 
     def go_on():
         return f"go on with --resume --out {Run.latest}" if Run.latest else "start again"

@@ -201,6 +201,20 @@ class Spoiling:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_ctrl_c_that_python_swallowed_stops_after_the_epoch(tmp_path, monkeypatch):
+    """An exception inside a destructor, such as that of a DataLoader with workers, is ignored."""
+    monkeypatch.setattr(common.Run, "interrupted", False)
+    args = coop.Args(data="emoji", shots=1, out=str(tmp_path / "run"))
+    run = common.Run(args, dict(out=args.out, data="emoji", method="coop_mt"))
+    part = torch.nn.Linear(1, 1)
+    run.open({})
+    run.start_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.epochs("one", 3, part=part):
+            common.Run.interrupted = True
+    assert [row["epoch"] for row in run.rows()] == [1]
+
+
 def test_a_finished_phase_yields_nothing_and_leaves_its_parts_as_they_ended(tmp_path):
     """Epochs are seeded by seed, phase and number, whatever ran before."""
 

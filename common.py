@@ -75,6 +75,8 @@ def load_clip(name, device="cpu"):
 
     name: one of `clip.available_models()` (downloaded to ~/.cache/clip), "tiny" (the built-in
     backbone), or the path of a checkpoint of OpenAI's CLIP: a TorchScript archive or a state dict.
+    Tensors do not tell the activation: weights that were trained with GELU in place of OpenAI's
+    QuickGELU (most of OpenCLIP's) load and are wrong.
     Raises UserError for an unknown name, a failed download and a file that is no such checkpoint.
     """
     check_clip(name)
@@ -121,7 +123,8 @@ def _unreadable(error):
     if isinstance(error, pickle.UnpicklingError):   # torch's own text advises to run the file
         return "it holds something else than tensors and plain values"
     if isinstance(error, KeyError):
-        return "it has other tensors than OpenAI's CLIP"
+        return ("its tensors are not called as those of OpenAI's CLIP: it is of another family, or "
+                "they are inside of another dict")
     return datasets.brief(error)
 
 
@@ -1598,12 +1601,13 @@ class CheckArgs:
 
 
 def check(argv):
-    """`python common.py check`: print what a benchmark holds and what is wrong; exit code 1
-    then."""
+    """`python common.py check`: what a benchmark holds, and what is wrong (exit code 1)."""
     from data.check import report
     args = _command("check", CheckArgs, argv)
-    lines, problems, images = report(args.data, args.root, args.quick, args.workers)
+    lines, remarks, problems, images = report(args.data, args.root, args.quick, args.workers)
     print("\n".join(lines) + "\n")
+    for line in remarks:
+        print(f"note: {line}")
     for line in problems[:10]:
         print(f"problem: {line}")
     if len(problems) > 10:

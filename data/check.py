@@ -10,20 +10,21 @@ from .tasks import find_listings
 
 
 def report(data, root="data", quick=False, workers=0):
-    """(lines of a table of the tasks, problems, the number of images).
+    """(lines of a table of the tasks, remarks, problems, the number of images).
 
     quick: do not decode the images. Raises UserError where there is nothing to check.
     """
     listings = find_listings(data, root)
-    problems = []
+    remarks, problems = [], []
     for x in listings:
+        remarks += x.remarks
         problems += x.notes
         problems += gaps(x)
     if not quick:
         for x in listings:
             problems += undecoded(x, workers)
     images = sum(len(items) for x in listings for items in images_of(x).values())
-    return table(listings), problems, images
+    return table(listings), remarks, problems, images
 
 
 def table(listings):

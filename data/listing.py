@@ -22,6 +22,7 @@ class Listing:
     read: Callable = read_image
     taken: list = field(default_factory=list)       # training images of each class, once divided
     notes: list = field(default_factory=list)       # what is not as published or asked for
+    remarks: list = field(default_factory=list)     # how it was taken, where that is a choice
     numbers: list = None        # the classes' numbers in the draw; None: 0, 1, 2, ...
 
     def draw_of(self, label):

@@ -51,7 +51,7 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     tasks = [divide(listing, split, shots, seed) for listing in listings]
     warn_of_few(listings, shots)
     for listing in listings:
-        for note in listing.notes:
+        for note in listing.remarks + listing.notes:
             warn_once(note)
     refuse_both_sides(tasks)
     return tasks

@@ -108,6 +108,17 @@ def test_a_linear_probe_gains_so_there_is_something_to_learn(tiny):
     assert min(gains) > 2
 
 
+@pytest.mark.parametrize("change", ["another family", "inside of a dict"])
+def test_a_checkpoint_of_another_family_is_refused_with_what_is_accepted(tmp_path, change):
+    state = random_clip(**TINY).state_dict()
+    other = dict(state_dict=state, epoch=3)
+    if change == "another family":
+        other = {f"vision_model.{key}": value for key, value in state.items()}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(common.UserError, match="not called as those of OpenAI's.* give a"):
+        common.load_clip(str(tmp_path / "other.pt"))
+
+
 def test_weights_in_float32_stay_float32(tmp_path):
     """clip.load rounds a file's weights to half precision on their way."""
     model = random_clip(**TINY)

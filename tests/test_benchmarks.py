@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import noise, run_script
+from conftest import make_tree, noise, run_script
 from PIL import Image
 
 import common
@@ -825,6 +825,14 @@ def test_check_counts_the_images_of_each_part_and_names_every_problem(command, t
         says(line, path, "cannot be decoded")
     code, out, _ = command("check", "--data", "eurosat", "--root", tmp_path, "--quick")
     assert code == 1 and out.endswith("none of them decoded: 1 problem\n")
+
+
+def test_check_of_a_tree_with_its_own_split_is_well_and_says_how_it_is_taken(command, tmp_path):
+    layout = {f"{part}/{c}": 3 for part in ("train", "test") for c in ("cup", "hat")}
+    make_tree(tmp_path / "shapes", layout)
+    code, out, err = command("check", "--data", tmp_path / "shapes")
+    assert code == 0 and not err and "note: " in out and "is taken as one task, shapes" in out
+    assert out.endswith("1 task, 12 images: all is well\n")
 
 
 def test_check_says_the_first_problems_and_the_number_of_the_rest(command, tree):

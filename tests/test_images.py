@@ -317,11 +317,11 @@ def a_linked_folder(root):
 def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
     """By a run, and before anything is trained by `check`."""
     root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
-    assert not [line for line in check.report(str(root))[1] if "once more" in line]
+    assert not [line for line in check.report(str(root))[2] if "once more" in line]
     link(root)
     with pytest.raises(data.UserError, match="both a training and a test image: take it out"):
         data.load_tasks(str(root), split=1.0)
-    assert [line for line in check.report(str(root))[1] if "once more" in line]
+    assert [line for line in check.report(str(root))[2] if "once more" in line]
 
 
 def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
@@ -329,7 +329,7 @@ def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
     root = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 2})
     for i in range(2):
         os.symlink(root / "d" / "cup" / f"00{i}.png", root / "d" / "cup" / f"link{i}.png")
-    assert len([line for line in check.report(str(root))[1] if "once more" in line]) == 2
+    assert len([line for line in check.report(str(root))[2] if "once more" in line]) == 2
     refused = 0
     for seed in range(8):
         try:

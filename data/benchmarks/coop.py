@@ -94,7 +94,7 @@ def dataset(name, root):
     """The one listing of a dataset, in a list."""
     check_folder(root, "--root")
     data = DATASETS[name]
-    folder, notes, classes = root / data.folder, [], data.classes
+    folder, remarks, classes = root / data.folder, [], data.classes
     if data.split and (folder / data.split).is_file():
         source, parts = folder / data.split, coop_split(folder / data.split, folder / data.images)
     elif name == "fgvc_aircraft":
@@ -108,13 +108,13 @@ def dataset(name, root):
         source, parts = root / data.own, official(name, root)
         classes += name == "caltech101"                         # CoOp leaves "Faces_easy" out
         if data.parts == NO_SPLIT:
-            notes = [f"{data.title} has no test set in {source}, so its tests are on what the "
-                     f"training leaves: CoOp's is in {folder / data.split}"]
+            remarks = [f"{data.title} has no test set in {source}, so its tests are on what the "
+                       f"training leaves: CoOp's is in {folder / data.split}"]
     else:
         raise missing(name, root)
     names = label_names(parts, source)
     listing = split_listing(data.title, data.template, parts, names, source, name)
-    listing.notes += notes
+    listing.remarks += remarks
     return compared([listing], data.title, source, classes)
 
 

@@ -129,9 +129,9 @@ def split_tree(name, parts, template="a photo of a {}"):
                             "in one of them only): a split needs the same classes on every side")
     notes = [note for one in trees.values() for note in one.notes]
     folder = Path(parts["train"]).parent
-    notes.append(f"{folder} is taken as one task, {name}, with its own split into "
-                 f"{', '.join(trees)}")
-    found = Listing(name, train.class_names, template, train.items, draw=name, notes=notes)
+    remark = f"{folder} is taken as one task, {name}, with its own split into {', '.join(trees)}"
+    found = Listing(name, train.class_names, template, train.items, draw=name, notes=notes,
+                    remarks=[remark])
     if "test" in trees:
         found.test = trees["test"].items
         found.val = trees["val"].items if "val" in trees else None

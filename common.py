@@ -11,6 +11,7 @@ Read it in this order: `encode_text` and `encode_image` put prompts into an unto
     print(task.class_names[logits(model, image, text).argmax()])
 """
 import contextlib
+import copy
 import csv
 import errno
 import hashlib
@@ -32,12 +33,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -152,7 +155,7 @@ def tokenize(class_names, n_ctx=0, template="{}"):
             f"{what} take {n_ctx + len(longest) + 2} of the 77 text positions: {remedy}"
         )
     rows = [torch.tensor([start, *[placeholder] * n_ctx, *ids, end]) for ids in texts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _precision(model):
@@ -313,8 +316,7 @@ def encode_text(model, tokens, prompts=None, sets=None):
 
 
 def _image_layer(block, x, last):
-    """One layer of the image encoder on x [B, N, d]; the last returns the class token's [B, 1,
-    d]."""
+    """One layer of the image encoder on x [B, N, d]; the last returns class tokens [B, 1, d]."""
     attention, d = block.attn, x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     y = block.ln_1(x)
@@ -376,8 +378,12 @@ def encode_image(model, images, prompts=None, sets=None):
 
 
 def logits(model, image_features, text_features):
-    """CLIP's logits [B, C]: exp(logit_scale) times the cosine of [B, D] and [C, D]."""
-    cosine = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    """CLIP's logits [B, C]: exp(logit_scale) times the cosine of [B, D] and [C, D].
+
+    text_features may be [B, C, D], where each image has texts of its own (CoCoOp).
+    """
+    x, w = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    cosine = x @ w.t() if w.ndim == 2 else (w @ x[..., None])[..., 0]
     return model.logit_scale.exp() * cosine
 
 
@@ -403,7 +409,7 @@ class Texts:
                 rows += tokenize(task.class_names, n_ctx, template)
                 owners += [owner] * len(task.class_names)
             start.append(found[key])
-        self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self.tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self.sets = torch.tensor(owners)
         self.start = torch.tensor(start)
         self.mine = torch.zeros(len(tasks), len(rows), dtype=torch.bool)
@@ -425,7 +431,8 @@ class Texts:
 def task_losses(model, image_features, text_features, labels, task, texts):
     """Every task's mean cross-entropy over its own classes, [N], MmAP's Eq. (5).
 
-    image_features [B, D], text_features [C, D], labels [B], task [B] (an image's task number).
+    image_features [B, D], text_features [C, D] (or [B, C, D], see `logits`), labels [B], task [B]
+    (an image's task number).
     A task without images in the batch has a loss of zero, and no gradient.
     """
     mine, start = texts.mine.to(task.device), texts.start.to(task.device)
@@ -514,36 +521,39 @@ def _pixels(images, size, workers):
 
 
 @torch.no_grad()
-def image_features(model, images, prompts=None, workers=None):
+def image_features(model, images, prompts=None, workers=None, tuned=None):
     """(CLIP's own features [n, D], features under `prompts` [L, n_ctx, d] [n, D], labels [n]).
 
-    The second are the first where prompts is None. An image is read and decoded once per process,
-    and CLIP's own features are computed once, whatever is scored on it.
+    tuned: another CLIP, whose features are the second ones. They are the first where both are None.
+    An image is read and decoded once per process, and CLIP's own features are computed once,
+    whatever is scored on it.
     """
     device, size = model.logit_scale.device, model.visual.input_resolution
     keys = _keys(images, id(model))
-    prompted = [None] * len(keys)
-    if prompts is not None or any(key not in _plain for key in keys):
+    prompted, twice = [None] * len(keys), prompts is not None or tuned is not None
+    if twice or any(key not in _plain for key in keys):
         for chunk, batch in progress(_pixels(images, size, workers), "score"):
             x = datasets.normalise(batch.to(device))
             todo = [j for j, i in enumerate(chunk) if keys[i] not in _plain]
             if todo:
                 for j, feature in zip(todo, encode_image(model, x[todo])):
                     _plain[keys[chunk[j]]] = feature, images.items[chunk[j]], model
-            if prompts is not None:
-                for i, feature in zip(chunk, encode_image(model, x, prompts)):
+            if twice:
+                for i, feature in zip(chunk, encode_image(tuned or model, x, prompts)):
                     prompted[i] = feature
     plain = torch.stack([_plain[key][0] for key in keys])
     labels = torch.tensor(images.labels, device=device)
-    return plain, plain if prompts is None else torch.stack(prompted), labels
+    return plain, torch.stack(prompted) if twice else plain, labels
 
 
 @torch.no_grad()
-def evaluate(args, model, tasks, classifiers, image_prompts=None, select=None):
+def evaluate(args, model, tasks, classifiers, image_prompts=None, select=None, tuned=None):
     """Zero-shot CLIP's and a method's score on the test images of every task, in %.
 
-    classifiers: [C_t, D] per task, multiplied with unit-length image features. image_prompts:
-    [L, S, n, d], S = 1 or N. select(x, t): what a method makes of a task's image features [n, D].
+    classifiers: [C_t, D] per task, multiplied with unit-length image features, or a function of
+    these [n, D] that returns cosines [n, C_t]. image_prompts: [L, S, n, d], S = 1 or N. select(x,
+    t): what a method makes of a task's image features [n, D]. tuned: the CLIP to encode images
+    with, where it is not the frozen one.
     Returns dict(zero_shot=[N numbers], accuracy=[N numbers]).
     """
     scores, scale = dict(zero_shot=[], accuracy=[]), model.logit_scale.exp()
@@ -551,13 +561,14 @@ def evaluate(args, model, tasks, classifiers, image_prompts=None, select=None):
         zip(tasks, zero_shot_classifiers(model, tasks), classifiers)
     ):
         prompts = None if image_prompts is None else image_prompts[:, t % image_prompts.shape[1]]
-        plain, x, labels = image_features(model, task.test, prompts, args.workers)
+        plain, x, labels = image_features(model, task.test, prompts, args.workers, tuned)
         if select is not None:
             x = select(x, t)
         scores["zero_shot"].append(
             score(task.metric, scale * F.normalize(plain, dim=-1) @ own.t(), labels))
-        scores["accuracy"].append(
-            score(task.metric, scale * F.normalize(x, dim=-1) @ w.t(), labels))
+        x = F.normalize(x, dim=-1)
+        cosine = w(x) if callable(w) else x @ w.t()
+        scores["accuracy"].append(score(task.metric, scale * cosine, labels))
     return scores
 
 
@@ -654,8 +665,7 @@ def cagrad(grads, c=0.5, steps=300):
 
 @dataclass
 class Args:
-    """The settings that all methods share; a method file adds its own and sets the paper's
-    values."""
+    """What all methods share; a method file adds its own settings and sets the paper's values."""
 
     # benchmark (data/README.md), folder domain/class/*.jpg, name=path; or several
     data: str = "emoji"
@@ -684,11 +694,12 @@ class Args:
     plot: bool = False  # also draw figures into the run folder
 
 
-def parse(Args, doc, argv=None, tiny=None, of_data=None):
+def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
     """The settings of a run from the command line, with everything refused that cannot be.
 
     Args: a method's settings, with the paper's values as defaults; tiny: the built-in backbone's
-    own, of_data: those that a paper gives a dataset; --resume and --eval inherit saved settings.
+    own, of_data: those that a paper gives a dataset, own(args): those that follow from other
+    settings; tiny may be such a function, too. --resume and --eval inherit saved settings.
     Raises UserError, and SystemExit(2) where tyro refuses a flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -697,7 +708,7 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None):
 
     def read(default):
         return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=argv, default=default,
-                        description=doc, prog=f"{Args.method}.py")
+                        description=doc, prog=script_of(Args.method))
 
     args = _absolute(read(Args()))
     if args.resume and args.eval:
@@ -714,14 +725,14 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None):
         saved = load_prompts(args.eval, Args.method)["settings"]
         saved = {key: value for key, value in saved.items() if key not in ("out", "plot")}
     else:
-        own = dict((of_data or {}).get(args.data, {}))
+        usual = dict(own(args) if own else {}, **(of_data or {}).get(args.data, {}))
         if (
             args.clip == "tiny"
             or args.data.split(":")[0] in datasets.BUILT_IN
             and "clip" not in given
         ):
-            own.update(tiny or {}, clip="tiny")
-        args = _absolute(read(replace(Args(), **own)))
+            usual.update(_of_tiny(tiny, args), clip="tiny")
+        args = _absolute(read(replace(Args(), **usual)))
     if saved:
         kinds = get_type_hints(Args)
         saved = {key: tuple(value) if isinstance(value, list) else value     # JSON has no tuples
@@ -745,6 +756,16 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None):
         args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
     _validate(args)
     return args
+
+
+def script_of(method):
+    """The words that start a method: "mmap.py", or "common.py finetune"."""
+    return "common.py finetune" if method == "finetune" else f"{method}.py"
+
+
+def _of_tiny(tiny, args):
+    """The built-in backbone's own settings."""
+    return tiny(args) if callable(tiny) else tiny or {}
 
 
 def _is_a(kind, value):
@@ -827,7 +848,7 @@ def variant_of(args, tiny=None):
     """The method's own settings that are not the paper's, in words, or None."""
     shared, usual = {field.name for field in fields(Args)}, type(args)()
     if args.clip == "tiny":
-        usual = replace(usual, **(tiny or {}))
+        usual = replace(usual, **_of_tiny(tiny, args))
     words = []
     for field in fields(args):
         value, default = getattr(args, field.name), getattr(usual, field.name)
@@ -894,8 +915,7 @@ def load_saved(path, what, kinds, remedy):
 
 
 def load_prompts(path, method):
-    """What a run saved as prompts.pt: method, settings, tasks, templates, trained_on and
-    prompts."""
+    """A run's prompts.pt: its method, settings, tasks, templates, trained_on and prompts."""
     kinds = dict(
         method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
     )
@@ -904,7 +924,7 @@ def load_prompts(path, method):
     )
     if saved["method"] != method:
         raise UserError(f"{path} holds prompts of {saved['method']}, not of {method}: "
-                        f"use {saved['method']}.py --eval {path}")
+                        f"use {script_of(saved['method'])} --eval {path}")
     return saved
 
 
@@ -916,7 +936,7 @@ def saved_settings(args):
         raise UserError(f"{path} does not hold the settings of a run: start one in another --out")
     if saved["method"] != args.method:
         raise UserError(f"the run in {args.out} is one of {saved['method']}: "
-                        f"use {saved['method']}.py --resume --out {args.out}")
+                        f"use {script_of(saved['method'])} --resume --out {args.out}")
     return saved
 
 
@@ -1116,7 +1136,7 @@ class Run:
         if not math.isfinite(row.get("loss", 0.0)):
             raise UserError(f"the training diverged {where} (loss {row['loss']}): {remedy}")
         for part in parts.values():
-            if isinstance(part, torch.nn.Module):
+            if isinstance(part, nn.Module):
                 if not all(p.isfinite().all() for p in part.parameters()):
                     raise UserError(f"the training diverged {where} (a parameter is no longer "
                                     f"finite): {remedy}")
@@ -1152,6 +1172,9 @@ class Run:
         self.state["finished"][self.seed] = dict(scores, seconds=seconds)
         self.state["rows"], self.phases = self.rows(), {}
         save_whole(self.folder / "checkpoint.pt", self.state)
+        self._remove_phases()
+
+    def _remove_phases(self):
         for path in self.folder.glob("checkpoint-*.pt"):
             path.unlink(missing_ok=True)
 
@@ -1160,6 +1183,7 @@ class Run:
         result = gather(self.settings, tasks, model, self.state["finished"])
         self._write_log()
         write_whole(self.folder / "result.json", json.dumps(result, indent=1))
+        self._remove_phases()               # of a process killed behind its last seed
         if self.settings["plot"]:
             plot_run(self.folder, result, self.rows(), plot)
         print_table(result)
@@ -1282,7 +1306,7 @@ def restored(args, prompts, states):
     """prompts with saved states; UserError where they do not fit."""
     try:
         prompts.load_state_dict(states)
-    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"the prompts in {args.eval} do not fit {args.data} "
             f"({datasets.brief(error)}): give the --data they were trained on"
@@ -1350,8 +1374,7 @@ def _checked_prompts(args):
 
 
 def _check_fit(args, saved, tasks, own):
-    """Refuse to score prompts on other tasks than theirs, and on images that they were trained
-    on."""
+    """Refuse to score prompts on other tasks than theirs, or on images they were trained on."""
     for seed in args.seeds:
         if own and list(saved["tasks"]) != [task.name for task in tasks[seed]]:
             raise UserError(
@@ -1370,8 +1393,7 @@ def _check_fit(args, saved, tasks, own):
 
 
 def script(main):
-    """Run a `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C a hint and
-    130."""
+    """Run a `main`: a UserError becomes a line on stderr and exit code 2, Ctrl-C a hint and 130."""
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1744,9 +1766,8 @@ def templates_of(task, data):
 
 @torch.no_grad()
 def ensemble(model, class_names, templates):
-    """The classifier [C, D] of several templates: the mean of the unit-length text features, at
-    unit
-    length again (Radford et al., ICML 2021, Sec. 3.1.4)."""
+    """The classifier [C, D] of several templates: the mean of their unit-length text features, at
+    unit length again (Radford et al., ICML 2021, Sec. 3.1.4)."""
     total = 0
     for template in templates:                                  # with their own full stops
         try:
@@ -1811,6 +1832,123 @@ def cross_entropy(regression, x, labels):
     """The mean cross-entropy of a regression on held-out features."""
     scores = class_scores(regression, x, int(max(labels.max(), regression.classes_.max())) + 1)
     return -np.maximum(scores[np.arange(len(labels)), labels], -50).mean()
+
+
+# ------------------------------------------------------------ weights in place of prompts: finetune
+
+@dataclass
+class FinetuneArgs(Args):
+    """Full fine-tuning, BitFit and CLIP-Adapter: what is trained is a part of CLIP, not a prompt.
+
+    Columns of MmAP's Tables 1 and 2 and of JSCPT's Tables 1 to 3, whose settings neither prints:
+    AdamW on all weights (lr 1e-5, weight decay 0.1: Goyal et al., CVPR 2023), on all biases (lr
+    1e-4: Zaken et al., ACL 2022), or on a bottleneck behind the image encoder (lr 1e-3; Gao et al.,
+    2021), each with a cosine that steps once an epoch.
+    """
+
+    method = "finetune"
+    train: Literal["all", "bias", "adapter"] = "all"  # all weights, all biases, or new adapters
+    adapters: Literal["task", "shared"] = "task"  # MmAP's 0.53 M are one per task; JSCPT shares one
+    ratio: float = 0.2  # the part of a feature that comes from the adapter
+    lr: float = 1e-5  # 1e-4 with --train bias, 1e-3 with --train adapter
+    single_task: bool = False  # a copy of CLIP (or an adapter) per task, each trained alone
+
+
+RATES, DECAYS = dict(all=1e-5, bias=1e-4, adapter=1e-3), dict(all=0.1, bias=0.0, adapter=0.0)
+
+
+def finetune_tiny(args):
+    """The settings of the built-in backbone."""
+    fixed = dict(views=8) if args.train == "adapter" else {}
+    return dict(dict(all=dict(epochs=5, lr=3e-5), bias=dict(epochs=10, lr=3e-4),
+                     adapter=dict(epochs=15, lr=1e-3))[args.train], min_crop=0.6, **fixed)
+
+
+class Weights(nn.Module):
+    """What `finetune` trains, and `clip`, the CLIP that it belongs to.
+
+    "all" and "bias": parameters of a copy of CLIP. "adapter": CLIP-Adapter's bottlenecks behind the
+    frozen CLIP itself. The state dict holds what is trained and nothing else.
+    """
+
+    def __init__(self, model, train, n_adapters, ratio):
+        super().__init__()
+        copied = model if train == "adapter" else copy.deepcopy(model)
+        object.__setattr__(self, "clip", copied)        # no part of the state
+        self.ratio, width = ratio, model.text_projection.shape[1]
+        self.parts = nn.ParameterDict({
+            name.replace(".", "/"): parameter.requires_grad_()
+            for name, parameter in copied.named_parameters()
+            if train == "all" or train == "bias" and name.endswith("bias")})
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width))
+            for _ in range(n_adapters)).to(model.logit_scale.device)
+
+    def adapted(self, x, task):
+        """CLIP-Adapter's image features [B, D]: ratio A(x) + (1 - ratio) x, A that of each image's
+        task [B]."""
+        if not len(self.adapters):
+            return x
+        every = torch.stack([adapter(x) for adapter in self.adapters])          # [adapters, B, D]
+        mine = every[task % len(self.adapters), torch.arange(len(x), device=x.device)]
+        return self.ratio * mine + (1 - self.ratio) * x
+
+
+def build_weights(args, model, tasks):
+    """The untrained weights: those of CLIP, or new adapters."""
+    n = dict(task=len(tasks), shared=1)[args.adapters] if args.train == "adapter" else 0
+    return Weights(model, args.train, n, args.ratio)
+
+
+def train_weights(args, model, tasks, run):
+    """Train weights on all tasks' images; the texts have the tasks' templates."""
+    weights = build_weights(args, model, tasks)
+    texts = Texts(tasks, templates=True).to(model.logit_scale.device)
+    frozen = args.train == "adapter"
+    optimizer = torch.optim.AdamW(weights.parameters(), args.lr, weight_decay=DECAYS[args.train])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    w = encode_text(model, texts.tokens) if frozen else None                    # [C, D], fixed
+    for _ in run.epochs("train", args.epochs, prompts=weights, optimizer=optimizer,
+                        schedule=schedule):
+        for images, labels, task in batches(args, model, tasks, frozen):
+            x = weights.adapted(encode_image(weights.clip, images), task)       # [B, D]
+            if not frozen:
+                w = encode_text(weights.clip, texts.tokens)                     # [C, D]
+            losses = task_losses(weights.clip, x, w, labels, task, texts)       # [N]
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+            run.log(loss=losses.sum(), losses=of_present(losses, task))
+        schedule.step()
+    return weights
+
+
+def score_weights(args, model, tasks, weights):
+    """The accuracies of zero-shot CLIP and of the trained weights, in %."""
+    def adapted(x, t):
+        return weights.adapted(x, torch.full((len(x),), t, device=x.device))
+
+    return evaluate(args, model, tasks, zero_shot_classifiers(weights.clip, tasks), select=adapted,
+                    tuned=None if args.train == "adapter" else weights.clip)
+
+
+def finetune(argv):
+    """`python common.py finetune`: full fine-tuning, BitFit, CLIP-Adapter; a run like any other."""
+    args = parse(FinetuneArgs, FinetuneArgs.__doc__, argv, finetune_tiny,
+                 dict(minidomainnet=dict(batch_size=4)), lambda args: dict(lr=RATES[args.train]))
+    if args.train != "adapter" and (args.adapters, args.ratio) != ("task", 0.2):
+        raise UserError("--adapters and --ratio are for --train adapter: leave them out")
+    if args.single_task and args.adapters == "shared":
+        raise UserError("--adapters shared shares one among tasks, and --single-task trains each "
+                        "alone: leave one of them out")
+    if not 0 < args.ratio <= 1:
+        raise UserError(f"--ratio {args.ratio} is no part of a feature: give a number above 0 and "
+                        "up to 1")
+    run_seeds(args, build_weights, train_weights, score_weights, tiny=finetune_tiny,
+              own=args.train == "adapter" and args.adapters == "task")
+
+
+FINETUNE = SimpleNamespace(Args=FinetuneArgs, build=build_weights, score=score_weights)
 
 
 @dataclass
@@ -1908,8 +2046,7 @@ def rows_of(result):
 
 
 def label(runs):
-    """The runs with a `label`: the method and its variant, and the settings in which twins
-    differ."""
+    """The runs with a `label`: the method, its variant, the settings in which twins differ."""
     runs = runs.assign(
         label=runs.method + [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
     )
@@ -1922,8 +2059,7 @@ def label(runs):
 
 
 def layout(part):
-    """A table of cells: rows are tasks, average, seeds and parameters; columns zero-shot and
-    runs."""
+    """A table of cells, a row per task, average, seeds, parameters; a column per label."""
     cells, tasks = {}, list(dict.fromkeys(part.task))
     tasks = [task for task in tasks if task != "average"] + ["average"]
     by_task = part.drop_duplicates(["task", "seed"]).groupby("task").zero_shot.mean()
@@ -2032,7 +2168,8 @@ def predict(argv):
         if not Path(file).is_file():
             raise UserError(f"there is no image {file}: give the files of images")
         read_image(file)
-    method, chosen = load_method(saved["method"]), given.task or names[0]
+    method = FINETUNE if saved["method"] == "finetune" else load_method(saved["method"])
+    chosen = given.task or names[0]
     seed = next(iter(saved["prompts"]))
     known = {field.name for field in fields(method.Args)}
     settings = {key: value for key, value in saved["settings"].items() if key in known}
@@ -2085,12 +2222,12 @@ def _is_whole(saved):
             and bool(saved["tasks"] and states) and all(isinstance(x, dict) for x in states))
 
 
-COMMANDS = {"check": check, "zero-shot": zero_shot, "probe": probe, "table": table,
-            "predict": predict}
+COMMANDS = {"check": check, "zero-shot": zero_shot, "probe": probe, "finetune": finetune,
+            "table": table, "predict": predict}
 
 
 def commands(argv=None):
-    """`python common.py check|zero-shot|probe|table|predict ...`: what belongs to no method."""
+    """`python common.py check|zero-shot|probe|finetune|table|predict ...`: what is no method."""
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)"
     if not argv:

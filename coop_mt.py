@@ -17,15 +17,28 @@ and the loss is the sum of the tasks' cross-entropies. Only the text side is tra
         # ... with --surgery pcgrad or imtl: its columns PCGrad and IMTL
     python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --epochs 50 --lr 0.0015 \
         --schedule constant                                     # JSCPT, Table 1
+    python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --clip RN50 --single-task \
+        --conditional                                   # HiPro, Tables 1 to 3, column CoCoOp
+    python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --clip RN50 --single-task \
+        --proda 2                                       # ... column ProDA
 
-paper       code                                        paper   code
-[v]_1..b    Context.vectors [sets, b, d_l]              L_T     losses [N], MmAP's Eq. (5)
+Two relatives, trained one task at a time, as in HiPro's tables. CoCoOp (Zhou, Yang, Loy and Liu,
+"Conditional Prompt Learning for Vision-Language Models", CVPR 2022) adds to each context vector
+one vector that a small network makes of the image's feature, so every image has texts of its own.
+ProDA (Lu, Liu, Zhang, Liu and Tian, "Prompt Distribution Learning", CVPR 2022) learns K contexts,
+takes the K classifiers that they give for samples of a Gaussian, and minimises an upper bound of
+the expected loss under it.
+
+paper           code                                    paper       code
+[v]_1..b        Context.vectors [K, b, d_l], K = 1      L_T         losses [N], MmAP's Eq. (5)
+h_theta, pi     Context.meta, its output [B, d_l]       v_m(x)      Context.text_prompts(x)
+w(P_k)          w [K, C, D]                             mu          the mean of w over K
+L_upper, L_so   upper_bound, orthogonality              lambda      0.1
 
 Choices the papers leave open
 - b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. SGD with momentum 0.9 and weight decay
   5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps once an
-  epoch,
-  without CoOp's warm-up epoch; JSCPT's fixed learning rate is `--schedule constant`.
+  epoch, without CoOp's warm-up epoch; JSCPT's fixed learning rate is `--schedule constant`.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
   cycle. `--batches mixed` is HiPro's protocol: batches of the shuffled union of the tasks.
 - Views are fresh every epoch. At the built-in backbone 8 views per image are drawn once instead, so
@@ -35,16 +48,26 @@ Choices the papers leave open
   balance is off. IMTL-G and CAGrad return averages of the gradients; times N here, to be as long as
   the sum that PCGrad starts from. PCGrad's random order has a generator of its own, so that all
   kinds of surgery train on the same views. A task that is absent from a mixed batch takes no part.
+- CoCoOp: b = 16 vectors, N(0, 0.02), as the other columns of HiPro have (its own paper: 4, from "a
+  photo of a"); its own batch of 1, 10 epochs and learning rate 0.002 are the defaults of
+  `--conditional`. The network sees the image feature at unit length, as its authors' program does.
+- ProDA: K = 2 contexts a task have about as many numbers as HiPro's 2N - 1 nodes for N tasks ("we
+  limit the number of learnable prompts of ProDA so that its #parameters are close to HiPro"), so
+  all K are in every step. The class name stands at the end (ProDA also learns contexts around and
+  behind it). The covariance is that of the K classifiers, divided by K; a test image is classified
+  by their mean. HiPro's epochs, batch and learning rate are the defaults of `--proda`.
 """
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
+LAMBDA = 0.1                            # ProDA's weight of its orthogonality loss
 
 
 @dataclass
@@ -60,27 +83,72 @@ class Args(common.Args):
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a context per task, each trained alone (the papers' column CoOp)
     surgery: Literal["none", "pcgrad", "imtl", "cagrad"] = "none"  # where tasks' gradients disagree
+    conditional: bool = False  # CoCoOp: a context per image, with --single-task
+    proda: int = 0  # ProDA: so many contexts, a sample of a Gaussian, with --single-task (0: off)
 
 
-TINY = dict(epochs=15, lr=0.03, min_crop=0.6, views=8)
+def own(args):
+    """CoCoOp's own settings, and for ProDA those of HiPro's comparison."""
+    if args.conditional:
+        return dict(batch_size=1, epochs=10, lr=0.002)
+    return dict(batch_size=20, epochs=100, lr=0.001) if args.proda else {}
+
+
+def tiny(args):
+    """The settings of the built-in backbone."""
+    if args.conditional:
+        return dict(epochs=10, lr=0.003, batch_size=4, min_crop=0.6)
+    return dict(epochs=15, lr=0.03, batch_size=16, min_crop=0.6, views=8)
+
+
 OF_DATA = dict(minidomainnet=dict(batch_size=4))
 
 
 class Context(nn.Module):
-    """The learned context vectors."""
+    """The learned context vectors, and CoCoOp's network."""
 
-    def __init__(self, n_ctx, width):
+    def __init__(self, n_ctx, width, n_contexts=1, n_features=None):
+        """n_contexts: ProDA's K; n_features: the length D of an image feature, for CoCoOp."""
         super().__init__()
-        self.vectors = nn.Parameter(0.02 * torch.randn(n_ctx, width))
+        self.vectors = nn.Parameter(0.02 * torch.randn(n_contexts, n_ctx, width))
+        self.meta = None
+        if n_features:
+            hidden = max(1, n_features // 16)
+            self.meta = nn.Sequential(nn.Linear(n_features, hidden), nn.ReLU(),
+                                      nn.Linear(hidden, width))
 
-    def text_prompts(self):
-        """Prompts [L=1, b, d_l]: context optimisation works on the input layer alone."""
-        return self.vectors[None]
+    def text_prompts(self, x=None):
+        """Prompts [L=1, S, b, d_l], S contexts: context optimisation works on the input layer
+        alone. CoCoOp, v_m(x) = v_m + pi: a context for each image of x [B, D]."""
+        if self.meta is None:
+            return self.vectors[None]
+        return (self.vectors + self.meta(F.normalize(x, dim=-1))[:, None])[None]
 
 
 def build(args, model, tasks):
     """The untrained context."""
-    return Context(args.n_ctx, len(model.ln_final.weight)).to(model.logit_scale.device)
+    features = model.text_projection.shape[1] if args.conditional else None
+    context = Context(args.n_ctx, len(model.ln_final.weight), args.proda or 1, features)
+    return context.to(model.logit_scale.device)
+
+
+def upper_bound(logits, labels):
+    """ProDA's surrogate loss L_upper [B]: the cross-entropy of the mean logits, each raised by half
+    the variance of its distance to the right class's.
+
+    logits [K, B, C] by the K classifiers: scale * x.w_c. With x^T A_c x = Var(x.(w_c - w_y)), where
+    A_c = S_cc + S_yy - S_cy - S_yc of the classifiers' covariance S, no covariance is ever formed.
+    """
+    right = logits.gather(2, labels.expand(len(logits), -1)[..., None])         # [K, B, 1]
+    spread = (logits - right).var(dim=0, correction=0)                          # [B, C]
+    return F.cross_entropy(logits.mean(dim=0) + spread / 2, labels, reduction="none")
+
+
+def orthogonality(w):
+    """ProDA's L_so: the mean |cosine| of two contexts' texts without a class name, w [K, D]."""
+    unit = F.normalize(w, dim=-1)
+    cosines = (unit @ unit.t()).abs()
+    return (cosines.sum() - cosines.diagonal().sum()) / (len(w) * (len(w) - 1))
 
 
 def combined(surgery, grads, generator):
@@ -90,18 +158,33 @@ def combined(surgery, grads, generator):
     return len(grads) * dict(imtl=common.imtl, cagrad=common.cagrad)[surgery](grads)
 
 
+def copies(tokens, n):
+    """(tokens [n*C, T], sets [n*C]): the same texts [C, T] once behind each of n contexts."""
+    return tokens.repeat(n, 1), torch.arange(n).repeat_interleave(len(tokens))
+
+
 def train(args, model, tasks, run):
     """Learn the context on all tasks' training images."""
     prompts = build(args, model, tasks)
     texts = common.Texts(tasks, args.n_ctx).to(model.logit_scale.device)
+    nameless, C = common.tokenize([""], args.n_ctx), len(texts.tokens)
     optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         order = torch.Generator().manual_seed(1_000_003 * args.seeds[0] + epoch)    # PCGrad's
         for images, labels, task in common.batches(args, model, tasks, frozen=True):
             x = common.encode_image(model, images)                              # [B, D], frozen
-            w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
+            context = prompts.text_prompts(x)                                   # [1, S, b, d_l]
+            tokens, sets = copies(texts.tokens, context.shape[1])               # S times the texts
+            w = common.encode_text(model, tokens, context, sets).unflatten(0, (-1, C))  # [S, C, D]
+            if args.proda:
+                logits = torch.stack([common.logits(model, x, one) for one in w])       # [K, B, C]
+                tokens, sets = copies(nameless, args.proda)
+                bare = common.encode_text(model, tokens, context, sets)                 # [K, D]
+                losses = upper_bound(logits, labels).mean()[None] + LAMBDA * orthogonality(bare)
+            else:
+                w = w if args.conditional else w[0]
+                losses = common.task_losses(model, x, w, labels, task, texts)   # [N], Eq. (5)
             optimizer.zero_grad()
             if args.surgery == "none":
                 losses.sum().backward()                                         # Eq. (11)
@@ -119,18 +202,49 @@ def train(args, model, tasks, run):
 
 def score(args, model, tasks, prompts):
     """The accuracies of zero-shot CLIP and of the learned context, in %."""
+    texts = common.Texts(tasks, args.n_ctx)
+
+    def classifiers(x=None):
+        """Unit-length text features [S, C, D]."""
+        context = prompts.text_prompts(x)
+        tokens, sets = copies(texts.tokens, context.shape[1])
+        w = common.encode_text(model, tokens, context, sets)
+        return F.normalize(w, dim=-1).unflatten(0, (-1, len(texts.tokens)))
+
+    def cosines(x):
+        """[n, C], where each image of x [n, D] has its own texts; a few images at a time."""
+        return torch.cat([(classifiers(part) @ part[..., None])[..., 0] for part in x.split(16)])
+
+    if args.conditional:
+        return common.evaluate(args, model, tasks, [cosines])
     with torch.no_grad():
-        texts = common.Texts(tasks, args.n_ctx)
-        w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-    return common.evaluate(args, model, tasks, texts.classifiers(w))
+        w = classifiers().mean(dim=0)                   # ProDA's mu; of one context, its own
+    return common.evaluate(args, model, tasks, [w[mine] for mine in texts.mine.to(w.device)])
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
+def check(args):
+    """Raise UserError for settings that contradict each other."""
     if args.single_task and args.surgery != "none":
         raise common.UserError("--surgery works on a prompt that tasks share, and --single-task "
                                "leaves none: leave one of them out")
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, tiny=TINY)
+    if args.conditional and args.proda:
+        raise common.UserError("--conditional is CoCoOp and --proda is ProDA: leave one of them "
+                               "out")
+    for flag in ("conditional", "proda"):
+        if getattr(args, flag) and not args.single_task:
+            raise common.UserError(f"--{flag} is trained one task at a time: add --single-task")
+    if args.conditional and args.views:
+        raise common.UserError("--conditional draws fresh views, as its paper does: leave out "
+                               "--views")
+    if args.proda < 0 or args.proda == 1:
+        raise common.UserError(f"--proda {args.proda} contexts have no distribution: give 2 or "
+                               "more")
+
+
+def main(argv=None):
+    args = common.parse(Args, __doc__, argv, tiny, OF_DATA, own)
+    check(args)
+    common.run_seeds(args, build, train, score, n_text=args.n_ctx, tiny=tiny)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VIT_B16, Phases, numbers, random_clip, run_script, small_tasks
+from conftest import TINY, VIT_B16, Phases, numbers, random_clip, run_script, small_tasks
 
 import common
 
@@ -34,13 +34,13 @@ def test_the_first_step_descends_on_the_sum_of_the_tasks_cross_entropies(small):
     common.seed_everything("start")
     trained = coop.train(args, small, tasks, run).vectors.detach()
     common.seed_everything("start")
-    start = (0.02 * torch.randn(3, 64)).requires_grad_()
+    start = (0.02 * torch.randn(1, 3, 64)).requires_grad_()
     common.seed_everything("test", "train", 0)
     [(images, labels, task)] = common.batches(args, small, tasks)
     losses = []
     for t, one in enumerate(tasks):
         x = common.encode_image(small, images[task == t])
-        w = common.encode_text(small, common.tokenize(one.class_names, 3), start[None])
+        w = common.encode_text(small, common.tokenize(one.class_names, 3), start)
         cosine = (x[:, None] * w[None]).sum(-1) / x.norm(dim=-1)[:, None] / w.norm(dim=-1)
         p = (small.logit_scale.exp() * cosine).exp()
         y = labels[task == t]
@@ -105,7 +105,6 @@ def test_pcgrads_order_is_its_own():
 def test_the_loss_runs_on_cuda():
     """A forward pass of the training loss on fake CUDA tensors: nothing is left on the CPU."""
     from clip.model import CLIP
-    from conftest import TINY
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     texts = common.Texts(small_tasks("a", "b"), 3)
@@ -135,6 +134,165 @@ def test_text_prompts_train_on_a_resnet_backbone():
     run = Phases()
     coop.train(settings(epochs=1), random_clip(**shape), small_tasks("a", "b"), run)
     assert 0 < run.logged[-1]["loss"] < 100
+
+
+def conditional(model, prompts, x, names, n_ctx):
+    """CoCoOp written out: every image's texts encoded whole, one image after another, [B, C]."""
+    first, relu, second = prompts.meta
+    rows = []
+    for one in x:
+        unit = one / one.norm()
+        pi = second.weight @ (first.weight @ unit + first.bias).clamp(min=0) + second.bias
+        context = prompts.vectors[0] + pi[None]                                 # v_m(x) = v_m + pi
+        tokens = torch.nn.functional.pad(common.tokenize(names, n_ctx), (0, 60))[:, :77]
+        w = []
+        for row in tokens:                          # as the clip package encodes a text
+            y = model.token_embedding(row)
+            y = torch.cat([y[:1], context, y[1 + n_ctx:]]) + model.positional_embedding[:len(row)]
+            mask = torch.full((len(row), len(row)), -torch.inf).triu(1)
+            for block in model.transformer.resblocks:
+                z = block.ln_1(y)
+                y = y + block.attn(z, z, z, need_weights=False, attn_mask=mask)[0]
+                y = y + block.mlp(block.ln_2(y))
+            w.append(model.ln_final(y)[row.argmax()] @ model.text_projection)
+        w = torch.stack(w)
+        rows.append(model.logit_scale.exp() * (w @ unit) / w.norm(dim=-1))
+    return torch.stack(rows)
+
+
+def test_cocoop_adds_what_the_network_makes_of_the_image_to_every_context_vector(small):
+    """The loss and gradients of the first step against every image's texts encoded whole."""
+    args = settings(epochs=1, batch_size=6, views=0, conditional=True, single_task=True)
+    tasks, run = small_tasks("a"), Phases()
+    common.seed_everything("start")
+    trained = coop.train(args, small, tasks, run)
+    common.seed_everything("start")
+    start = coop.build(args, small, tasks)
+    assert [p.shape for p in start.meta.parameters()] == [(2, 32), (2,), (64, 2), (64,)]  # D/16 = 2
+    common.seed_everything("test", "train", 0)
+    [(images, labels, _)] = common.batches(args, small, tasks)
+    scores = conditional(small, start, common.encode_image(small, images), tasks[0].class_names, 3)
+    loss = torch.nn.functional.cross_entropy(scores, labels)
+    loss.backward()
+    assert run.logged[0]["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for (name, before), after in zip(start.named_parameters(), trained.parameters()):
+        expected = before - 0.1 * (before.grad + 5e-4 * before)
+        assert (after - expected).abs().max() < 1e-5, name
+        assert (after - before).abs().max() > 1e-6, name
+
+
+def test_cocoop_classifies_each_test_image_by_its_own_texts(small):
+    """More test images than a chunk has; the accuracy is that of the scores written out."""
+    args = settings(conditional=True, single_task=True, views=0, n_ctx=3)
+    torch.manual_seed(2)
+    [task] = small_tasks("a")
+    task.test = common.Images([100 + i for i in range(20)], [i % 3 for i in range(20)],
+                              task.test.read)
+    prompts = coop.build(args, small, [task])
+    prompts.vectors.data *= 20
+    for p in prompts.meta.parameters():
+        p.data *= 5
+    x, _, labels = common.image_features(small, task.test)
+    with torch.no_grad():
+        expected = conditional(small, prompts, x, task.class_names, 3)
+    kept = []
+    task.metric = lambda scores, labels: kept.append(scores) or 0.0
+    coop.score(args, small, [task], prompts)
+    assert (kept[-1] - expected).abs().max() < 1e-3 and len(kept[-1]) == 20
+    assert expected.std(dim=0).max() > 0.01         # the images' own texts make a difference
+
+
+def test_prodas_bound_is_that_of_the_covariance_written_out():
+    """L_upper with the full covariance of the classifiers, of all pairs of classes."""
+    torch.manual_seed(0)
+    K, B, C, D, scale = 4, 5, 3, 6, 2.5
+    w, x = torch.randn(K, C, D).double(), torch.randn(B, D).double()
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    found = coop.upper_bound(scale * torch.einsum("bd,kcd->kbc", x, w), labels)
+    mu, off = w.mean(0), w - w.mean(0)
+    S = torch.einsum("kcd,kef->cedf", off, off) / K                             # [C, C, D, D]
+    for i, y in enumerate(labels):
+        terms = []
+        for c in range(C):
+            A = S[c, c] + S[y, y] - S[c, y] - S[y, c]
+            terms.append(scale * x[i] @ mu[c] + scale ** 2 * x[i] @ A @ x[i] / 2)
+        expected = -scale * x[i] @ mu[y] + torch.stack(terms).logsumexp(0)
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_prodas_bound_is_above_the_expected_loss_and_equal_without_spread():
+    torch.manual_seed(1)
+    mean, labels = torch.randn(1, 2, 3), torch.tensor([0, 2])
+    logits = mean + 0.7 * torch.randn(4000, 2, 3)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.repeat(4000), reduction="none").view(4000, 2).mean(0)
+    assert (coop.upper_bound(logits, labels) > expected).all()
+    same = torch.nn.functional.cross_entropy(mean[0], labels, reduction="none")
+    assert torch.allclose(coop.upper_bound(mean.expand(3, 2, 3), labels), same)
+
+
+def test_prodas_orthogonality_by_hand():
+    """Cosines 0.6, 0 and -0.8 of three texts: (0.6 + 0 + 0.8) * 2 / 6."""
+    w = torch.tensor([[2.0, 0, 0], [0.6, 0.8, 0], [0, -5.0, 0]])
+    assert coop.orthogonality(w).item() == pytest.approx(1.4 / 3)
+
+
+def test_proda_trains_all_its_contexts_by_both_losses(small):
+    args = settings(epochs=1, batch_size=6, views=0, proda=3, single_task=True, lr=0.1)
+    [task], run = small_tasks("a"), Phases()
+    common.seed_everything("start")
+    trained = coop.train(args, small, [task], run).vectors.detach()
+    common.seed_everything("start")
+    start = (0.02 * torch.randn(3, 3, 64)).requires_grad_()
+    common.seed_everything("test", "train", 0)
+    [(images, labels, _)] = common.batches(args, small, [task])
+    x = common.encode_image(small, images)
+    logits, bare = [], []
+    for context in start:
+        w = common.encode_text(small, common.tokenize(task.class_names, 3), context[None])
+        logits.append(common.logits(small, x, w))
+        bare.append(common.encode_text(small, common.tokenize([""], 3), context[None])[0])
+    loss = coop.upper_bound(torch.stack(logits), labels).mean()
+    loss = loss + 0.1 * coop.orthogonality(torch.stack(bare))
+    (gradient,) = torch.autograd.grad(loss, start)
+    assert run.logged[0]["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert (trained - (start - 0.1 * (gradient + 5e-4 * start))).abs().max() < 1e-5
+    assert ((trained - start).abs().amax(dim=(1, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("words", [["--conditional"], ["--proda", "2"]])
+def test_the_relatives_run_resume_and_score_again(words, tree, tmp_path, here):
+    torch.save(random_clip(**TINY).state_dict(), tmp_path / "random.pt")
+    shared = ["--data", tree, "--clip", tmp_path / "random.pt", "--shots", 2, "--n-ctx", 2,
+              "--batch-size", 2, "--epochs", 2, "--device", "cpu"]
+    code, out, err = here("coop_mt.py", *shared, "--single-task", *words, "--out", tmp_path / "a")
+    assert code == 0, err
+    result = numbers(tmp_path / "a")
+    assert result["variant"] == "with --single-task, with " + " ".join(words)
+    code, again, err = here("coop_mt.py", "--eval", tmp_path / "a" / "prompts.pt")
+    assert code == 0 and again.split("\n\n")[0] == out.split("\n\n")[0], err
+    for context in torch.load(tmp_path / "a" / "prompts.pt")["prompts"][1].values():
+        assert sum(p.numel() for p in context.values()) * 2 == result["trainable_parameters"]
+    (tmp_path / "a" / "result.json").unlink()
+    (tmp_path / "a" / "checkpoint.pt").unlink()
+    code, _, err = here("coop_mt.py", "--resume", "--out", tmp_path / "a")
+    assert code == 0 and numbers(tmp_path / "a") == result, err
+    code, out, err = here("common.py", "predict", tmp_path / "a" / "prompts.pt",
+                          tree / "drawn" / "cup" / "000.png", "--task", "drawn")
+    assert code == 0 and "cup" in out, err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--conditional"], "add --single-task"),
+    (["--proda", "4"], "add --single-task"),
+    (["--proda", "1", "--single-task"], "give 2 or more"),
+    (["--conditional", "--proda", "2", "--single-task"], "leave one of them out"),
+    (["--conditional", "--single-task", "--views", "2"], "leave out --views"),
+    (["--conditional", "--single-task", "--surgery", "imtl"], "leave one of them out")])
+def test_settings_of_the_relatives_that_contradict_each_other(words, says, here, tmp_path):
+    code, out, err = here("coop_mt.py", *words, "--out", tmp_path / "run")
+    assert code == 2 and not out and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path):

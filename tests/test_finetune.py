@@ -1,0 +1,204 @@
+"""`common.py finetune`: what is trained, what stays frozen, the numbers of parameters, the run."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, Phases, numbers, random_clip, run_script, small_tasks
+
+import common
+
+
+def settings(train, **changes):
+    usual = dict(train=train, epochs=1, lr=0.01, batch_size=6, seeds=(1,), workers=0)
+    return common.FinetuneArgs(**dict(usual, **changes))
+
+
+def trainable(weights):
+    return sum(p.numel() for p in weights.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("train, names, expected", [
+    ("all", "abcd", 149_620_737),           # MmAP, Table 1: 149.62 M, times four in single-task
+    ("bias", "abcd", 171_008),              # 0.17 M: every bias of both encoders
+    ("adapter", "abcd", 526_848)])          # 0.53 M: four times 512 -> 128 -> 512 with biases
+def test_parameters_at_vit_b16_are_the_papers(vit_b16, train, names, expected):
+    weights = common.build_weights(settings(train), vit_b16, small_tasks(*names))
+    assert trainable(weights) == expected
+    assert sum(x.numel() for x in weights.state_dict().values()) == expected    # nothing else saved
+    assert not any(p.requires_grad for p in vit_b16.parameters())
+
+
+def test_a_shared_adapter_is_one(vit_b16):
+    args = settings("adapter", adapters="shared")
+    assert trainable(common.build_weights(args, vit_b16, small_tasks(*"abcd"))) == 131_712
+
+
+def first_step(model, args, tasks):
+    """(weights before, after, the model's own state unchanged) of one step of training."""
+    before, run = copy.deepcopy(model.state_dict()), Phases()
+    common.seed_everything("start")
+    after = common.train_weights(args, model, tasks, run)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    common.seed_everything("start")
+    start = common.build_weights(args, model, tasks)
+    common.seed_everything("test", "train", 0)
+    [(images, labels, task)] = common.batches(args, model, tasks)
+    return start, after, run, (images, labels, task)
+
+
+@pytest.mark.parametrize("train", ["all", "bias"])
+def test_the_first_step_is_adamws_on_the_gradient_of_the_packages_own_encoders(small, train):
+    """Adam's first step is lr * sign(gradient); a full decay of lr * 0.1 with all weights."""
+    args, tasks = settings(train), small_tasks("a", "b")
+    start, after, run, (images, labels, task) = first_step(small, args, tasks)
+    tuned = copy.deepcopy(small)
+    free = {name: p.requires_grad_() for name, p in tuned.named_parameters()
+            if train == "all" or name.endswith("bias")}
+    losses = []
+    for t, one in enumerate(tasks):
+        tokens = F.pad(common.tokenize(one.class_names, template=one.template), (0, 60))[:, :77]
+        x, w = tuned.encode_image(images[task == t]), tuned.encode_text(tokens)
+        cosine = F.normalize(x, dim=-1) @ F.normalize(w, dim=-1).t()
+        losses.append(F.cross_entropy(tuned.logit_scale.exp() * cosine, labels[task == t]))
+    sum(losses).backward()
+    assert run.logged[0]["losses"].tolist() == pytest.approx([x.item() for x in losses], rel=1e-4)
+    moved, decay = 0, 0.1 if train == "all" else 0.0
+    for name, p in free.items():
+        key = name.replace(".", "/")
+        step = start.parts[key] * (1 - 0.01 * decay) - after.parts[key]
+        sure = p.grad.abs() > 1e-4          # Adam divides by |gradient| + 1e-8
+        assert (step - 0.01 * p.grad.sign())[sure].abs().max().item() < 1e-5 if sure.any() else True
+        moved += int(sure.sum())
+    assert moved > 0.2 * sum(p.numel() for n, p in free.items() if "embedding" not in n)
+
+
+@pytest.mark.parametrize("train", ["all", "bias"])
+def test_what_is_not_trained_keeps_its_bits(small, train):
+    after = common.train_weights(settings(train, epochs=2), small, small_tasks("a"), Phases())
+    changed = {name for name, p in after.clip.state_dict().items()
+               if not torch.equal(p, small.state_dict()[name])}
+    assert all(name.endswith("bias") for name in changed) is (train == "bias")
+    if train == "all":
+        assert {"visual.conv1.weight", "token_embedding.weight", "logit_scale"} <= changed
+    else:
+        assert {"transformer.resblocks.0.attn.in_proj_bias", "visual.ln_pre.bias"} <= changed
+
+
+def test_an_adapters_feature_by_hand(small):
+    """ratio * W2 relu(W1 x + b1) + b2 and the rest of x, by the adapter of the image's task."""
+    weights = common.build_weights(settings("adapter", ratio=0.3), small, small_tasks("a", "b"))
+    x, task = torch.randn(4, 32), torch.tensor([1, 0, 1, 1])
+    found = weights.adapted(x, task)
+    for i, t in enumerate(task):
+        first, _, second = weights.adapters[t]
+        hidden = (first.weight @ x[i] + first.bias).clamp(min=0)
+        assert len(hidden) == 8                                 # a quarter of D
+        expected = 0.3 * (second.weight @ hidden + second.bias) + 0.7 * x[i]
+        assert (found[i] - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("adapters", ["task", "shared"])
+def test_adapters_train_behind_a_frozen_clip(small, adapters):
+    args, tasks = settings("adapter", adapters=adapters), small_tasks("a", "b")
+    start, after, run, (images, labels, task) = first_step(small, args, tasks)
+    losses = []
+    for t, one in enumerate(tasks):
+        x = common.encode_image(small, images[task == t])
+        x = 0.2 * start.adapters[t if adapters == "task" else 0](x) + 0.8 * x
+        w = common.encode_text(small, common.tokenize(one.class_names, template=one.template))
+        losses.append(F.cross_entropy(common.logits(small, x, w), labels[task == t]))
+    sum(losses).backward()
+    assert run.logged[0]["loss"].item() == pytest.approx(sum(losses).item(), rel=1e-5)
+    for before, now in zip(start.parameters(), after.parameters()):
+        sure = before.grad.abs() > 1e-4
+        step = (before - now) - 0.01 * before.grad.sign()
+        assert sure.any() and step[sure].abs().max() < 1e-5
+    scores = common.score_weights(args, small, tasks, after)
+    x, _, y = common.image_features(small, tasks[1].test)
+    hits = common.logits(small, after.adapted(x, torch.ones(len(x), dtype=torch.long)),
+                         w).argmax(-1) == y
+    assert scores["accuracy"][1] == pytest.approx(100 * hits.double().mean().item())
+
+
+def test_trained_weights_score_with_both_of_their_encoders(small):
+    args, tasks = settings("all", lr=0.003, epochs=3), small_tasks("a", "b")
+    weights = common.train_weights(args, small, tasks, Phases())
+    scores = common.score_weights(args, small, tasks, weights)
+    for t, task in enumerate(tasks):
+        w = common.encode_text(weights.clip, common.tokenize(task.class_names, template="a {}"))
+        x, _, labels = common.image_features(weights.clip, task.test)
+        hits = common.logits(weights.clip, x, w).argmax(-1) == labels
+        assert scores["accuracy"][t] == pytest.approx(100 * hits.double().mean().item())
+    assert scores["zero_shot"] == common.evaluate(
+        args, small, tasks, common.zero_shot_classifiers(small, tasks))["accuracy"]
+
+
+@pytest.fixture
+def words(tree, tmp_path):
+    torch.save(random_clip(**TINY).state_dict(), tmp_path / "random.pt")
+    return ["--data", tree, "--clip", tmp_path / "random.pt", "--shots", 2, "--batch-size", 4,
+            "--epochs", 3, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("own", [["--train", "all"], ["--train", "bias", "--single-task"],
+                                 ["--train", "adapter"]])
+def test_a_run_is_one_like_any_other(own, words, tmp_path, here, monkeypatch):
+    """Killed in its second epoch and resumed; scored again; in the table; used to predict."""
+    code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "whole")
+    assert code == 0, err
+    whole = numbers(tmp_path / "whole")
+    assert whole["method"] == "finetune" and whole["lr"] == common.RATES[own[1]]
+    kept = common.save_whole
+
+    def killed(path, content):
+        kept(path, content)
+        if content.get("epoch") == 2:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(common, "save_whole", killed)
+    assert here("common.py", "finetune", *words, *own, "--out", tmp_path / "cut")[0] == 137
+    monkeypatch.setattr(common, "save_whole", kept)
+    code, _, err = here("common.py", "finetune", "--resume", "--out", tmp_path / "cut")
+    assert code == 0 and numbers(tmp_path / "cut") == whole, err
+    prompts = tmp_path / "cut" / "prompts.pt"
+    code, again, err = here("common.py", "finetune", "--eval", prompts)
+    assert code == 0 and again.split("\n\n")[0] == out.split("\n\n")[0], err
+    code, out, err = here("common.py", "table", tmp_path / "cut")
+    assert code == 0 and "finetune" in out and f"{whole['trainable_parameters']:,}" in out, err
+    code, out, err = here("common.py", "predict", prompts, words[1] / "drawn" / "cup" / "000.png",
+                          "--task", "drawn")
+    assert code == 0 and "cup" in out, err
+
+
+@pytest.mark.parametrize("own, says", [
+    (["--ratio", "0.5"], "are for --train adapter"),
+    (["--train", "bias", "--adapters", "shared"], "are for --train adapter"),
+    (["--train", "adapter", "--ratio", "0"], "above 0 and up to 1"),
+    (["--train", "adapter", "--adapters", "shared", "--single-task"], "leave one of them out")])
+def test_settings_that_contradict_each_other(own, says, words, tmp_path, here):
+    code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "run")
+    assert code == 2 and not out and says in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_part_is_refused_as_a_process(tmp_path):
+    done = run_script("common.py", "finetune", "--train", "biases", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "bias" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_anothers_weights_are_refused(words, tmp_path, here):
+    """Those of another method, of another part, and of a backbone that they do not fit."""
+    adapter = ["--train", "adapter", "--out", tmp_path / "run"]
+    assert here("common.py", "finetune", *words, *adapter)[0] == 0
+    mine = tmp_path / "run" / "prompts.pt"
+    code, _, err = here("coop_mt.py", "--eval", mine)
+    assert code == 2 and f"use common.py finetune --eval {mine}" in err
+    code, _, err = here("common.py", "finetune", "--eval", mine, "--train", "bias")
+    assert code == 2 and "was started with --train adapter, not with --train bias" in err
+    other = random_clip(**dict(TINY, embed_dim=16))
+    torch.save(other.state_dict(), words[3])
+    code, _, err = here("common.py", "finetune", "--eval", mine)
+    assert code == 2 and "do not fit" in err and err.count("\n") == 1

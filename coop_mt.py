@@ -91,7 +91,8 @@ def own(args):
     """CoCoOp's own settings, and for ProDA those of HiPro's comparison."""
     if args.conditional:
         return dict(batch_size=1, epochs=10, lr=0.002)
-    return dict(batch_size=20, epochs=100, lr=0.001) if args.proda else {}
+    hipro = dict(batches="mixed", batch_size=20, epochs=100, lr=0.001)
+    return hipro if args.proda else {}
 
 
 def tiny(args):

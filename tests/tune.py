@@ -1,0 +1,103 @@
+"""Choose the settings of `tiny`: one grid for every method, on held-out training images.
+
+    python tests/tune.py --out runs/tune                        # all methods, seeds 1 to 5
+    python tests/tune.py --out runs/tune --only mmap --seeds 1 2 3
+
+Around the settings that a file has for `tiny`, learning rates of a third, once and three times, and
+epochs once and half as many, are tried with `--validate`: 20% of the training images of `emoji`, 6
+shots, are held out and scored. No test image takes part. What has finished is not run again. Prints
+a table in Markdown, the best of each row in bold, as data/README.md shows it.
+"""
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+METHODS = {
+    "CoOp-MT": "coop_mt.py",
+    "CoOp": "coop_mt.py --single-task",
+    "CoCoOp": "coop_mt.py --single-task --conditional",
+    "ProDA": "coop_mt.py --single-task --proda 2",
+    "VPT-MT": "vpt_mt.py",
+    "MaPLe-MT": "maple_mt.py",
+    "MVLPT": "mvlpt.py",
+    "HiPro": "hipro.py",
+    "MmAP": "mmap.py",
+    "JSCPT": "jscpt.py",
+    "full fine-tuning": "common.py finetune",
+    "BitFit": "common.py finetune --train bias",
+    "CLIP-Adapter": "common.py finetune --train adapter",
+}
+FACTORS = (1 / 3, 1.0, 3.0)             # of the learning rate; epochs: all and half
+
+
+@dataclass
+class Tune:
+    """A grid of learning rates and epochs on held-out training images."""
+
+    out: str = "runs/tune"  # folder of the runs
+    only: tuple[str, ...] = ()  # some of the methods, by the names of the table or their files
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    lr_alone: bool = False  # all epochs only
+
+
+def usual(words):
+    """(learning rate, epochs) of a command at `tiny`."""
+    kept, found = common.run_seeds, []
+    common.run_seeds = lambda args, *rest, **named: found.append(args)
+    try:
+        file, *rest = words
+        if file == "common.py":
+            common.commands(rest)
+        else:
+            common.load_method(file.removesuffix(".py")).main(rest)
+    finally:
+        common.run_seeds = kept
+    return found[0].lr, found[0].epochs
+
+
+def held_out(words, lr, epochs, seeds, out):
+    """The average held-out accuracy of each seed, from a run that is made where it is missing."""
+    if not (out / "result.json").exists():
+        resumed = ["--resume"] if (out / "settings.json").exists() else [
+            "--validate", "--lr", f"{lr:g}", "--epochs", str(epochs), "--seeds", *map(str, seeds)]
+        subprocess.run([sys.executable, "-W", "ignore", *words, *resumed, "--out", str(out)],
+                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / "result.json").read_text())["average"]
+
+
+def main():
+    args = tyro.cli(Tune, description=__doc__)
+    print("| method | epochs | " + " | ".join(f"lr x {f:.2g}" for f in FACTORS) + " |")
+    print("| --- | --- |" + " --- |" * len(FACTORS))
+    for name, command in METHODS.items():
+        words = command.split()
+        if args.only and not {name, words[0].removesuffix(".py")} & set(args.only):
+            continue
+        lr, epochs = usual(words)
+        found = {}
+        for n in (epochs,) if args.lr_alone else (epochs, max(1, round(epochs / 2))):
+            for factor in FACTORS:
+                rate = float(f"{factor * lr:.2g}")
+                out = Path(args.out).absolute() / f"{name.replace(' ', '-')}-{n}-{rate:g}"
+                found[n, rate] = held_out(words, rate, n, args.seeds, out)
+        best = max(found, key=lambda key: statistics.mean(found[key]))
+        for n in dict.fromkeys(n for n, _ in found):
+            cells = []
+            for key, values in found.items():
+                if key[0] == n:
+                    cell = f"{key[1]:g}: {common.mean_std(values)}"
+                    cells.append(f"**{cell}**" if key == best else cell)
+            print(f"| {name} | {n} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

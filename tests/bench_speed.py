@@ -32,9 +32,12 @@ from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
 
-METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
-FROZEN = {"coop_mt", "hipro"}  # the image encoder is not trained through
+METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt cocoop proda".split()
+ALONE = {"cocoop", "proda"}  # of coop_mt.py, trained on one task
+FROZEN = {"coop_mt", "hipro", *ALONE}  # the image encoder is not trained through
 ONE_PHASE = dict(
+    cocoop=dict(conditional=True, single_task=True),
+    proda=dict(proda=2, single_task=True),
     mmap=dict(grouping="random"),
     hipro=dict(grouping="random"),
     mvlpt=dict(source="none", group_size="all"),
@@ -100,7 +103,8 @@ class Bench:
             random_clip(**VIT_B16) if words.clip == "ViT-B/16" else common.load_clip("tiny")[0]
         )
         self.model = self.model.to(words.device)
-        self.method, batch = common.load_method(name), 16 if words.device.startswith("cuda") else 4
+        self.method = common.load_method("coop_mt" if name in ALONE else name)
+        batch = 16 if words.device.startswith("cuda") else 4
         self.tasks = tasks_of(self.model, n_tasks, n_classes, batch)
         self.args = replace(
             self.method.Args(**ONE_PHASE.get(name, {})), device=words.device, views=0, workers=0
@@ -287,7 +291,7 @@ def main():
         f"{'ratio':>8}{'MB a step':>12}{'ratio':>8}"
     )
     for name in words.method:
-        for n_tasks in words.tasks:
+        for n_tasks in [1] if name in ALONE else words.tasks:
             for n_classes in words.classes:
                 row = row_of(words, name, n_tasks, n_classes)
                 print(

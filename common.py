@@ -1957,6 +1957,7 @@ class TableArgs:
     deviation over seeds; a table for each data, split and backbone."""
 
     folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)  # run folders, or folders of some
+    baseline: str | None = None  # a column: print the others' paired difference to its average
     out: str | None = None  # also write table.md and table.csv there
     plot: bool = False  # also draw accuracy against parameters and against shots into --out
 
@@ -1971,7 +1972,11 @@ def table(argv):
         raise UserError("--plot needs --out DIR, the folder that the figures go to")
     out = _checked_out(args.out) if args.out else None
     runs = read_runs(args.folders)
-    tables = {title: layout(part) for title, part in runs.groupby("title")}
+    known = ["zero-shot", *dict.fromkeys(runs.label)]
+    if args.baseline not in (None, *known):
+        raise UserError(f"--baseline '{args.baseline}' is no column: give one of "
+                        f"{', '.join(known)}")
+    tables = {title: layout(part, args.baseline) for title, part in runs.groupby("title")}
     for title, cells in tables.items():
         rows = [
             ["", *cells.columns],
@@ -2058,20 +2063,43 @@ def label(runs):
     return runs
 
 
-def layout(part):
-    """A table of cells, a row per task, average, seeds, parameters; a column per label."""
+def layout(part, baseline=None):
+    """A table of cells, a row per task, average, seeds, parameters; a column per label.
+
+    With a baseline also "minus baseline": the mean difference of the averages, paired by seed, and
+    its standard error.
+    """
     cells, tasks = {}, list(dict.fromkeys(part.task))
     tasks = [task for task in tasks if task != "average"] + ["average"]
     by_task = part.drop_duplicates(["task", "seed"]).groupby("task").zero_shot.mean()
     cells["zero-shot"] = [f"{by_task[task]:.1f}" for task in tasks] + ["", ""]
+    averages = part[part.task == "average"].set_index("seed")
+    base = averages[averages.label == baseline].accuracy
+    if baseline == "zero-shot":
+        base = averages.zero_shot.groupby("seed").first()
+    rows = [*tasks, "seeds", "parameters"]
     for name in dict.fromkeys(part.label):
         column = part[part.label == name]
         values = column.groupby("task").accuracy.apply(list)
         seeds = " ".join(str(seed) for seed in sorted(column.seed.unique()))
         cells[name] = [mean_std(values[task]) if task in values else "" for task in tasks]
         cells[name] += [seeds, f"{column.parameters.iloc[-1]:,}"]
+        if len(base):
+            own = averages[averages.label == name].accuracy
+            cells[name].append("" if name == baseline else paired((own - base).dropna()))
+    if len(base):
+        rows.append(f"minus {baseline}")
+        cells["zero-shot"].append("")
     import pandas
-    return pandas.DataFrame(cells, index=[*tasks, "seeds", "parameters"])
+    return pandas.DataFrame(cells, index=rows)
+
+
+def paired(differences):
+    """`+1.2 ± 0.3`: the mean of differences and its standard error, or `+1.2` of one."""
+    if not len(differences):
+        return ""
+    error = f" ± {differences.std() / len(differences) ** 0.5:.1f}" if len(differences) > 1 else ""
+    return f"{differences.mean():+.1f}{error}"
 
 
 def as_markdown(cells):

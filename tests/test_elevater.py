@@ -494,6 +494,8 @@ BAD = {
         [INDEX, "no label", "train.zip@0/train"]),
     "no number": (
         lambda f: first_line(f / "train.txt", lambda line: f"{line},x"), [INDEX, "no label"]),
+    "endless label": (
+        lambda f: first_line(f / "train.txt", lambda line: line + "9" * 5000), [INDEX, "no label"]),
     "label beyond": (
         lambda f: first_line(f / "train.txt", lambda line: f"{line[:-1]}10"),
         [INDEX, "label 10", "the 10 classes of", "labels.txt", "0 to 9"]),
@@ -566,6 +568,14 @@ COCO = {
     "no categories": (lambda c: c.pop("categories"), ["train_meta.json is no index in COCO's"]),
     "no name": (
         lambda c: c["images"][0].update(file_name=7), ["train_meta.json is no index in COCO's"]),
+    "a name of two lines": (
+        lambda c: c["images"][0].update(file_name="img.zip@a\nb"), ["is no index in COCO's"]),
+    "no number": (
+        lambda c: c["annotations"][0].update(category_id=[]), ["is no index in COCO's"]),
+    "two images of one number": (
+        lambda c: c["images"][0].update(id=2), ["train_meta.json is no index in COCO's"]),
+    "two categories of one number": (
+        lambda c: c["categories"][0].update(id=1), ["train_meta.json is no index in COCO's"]),
 }
 
 

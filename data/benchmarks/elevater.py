@@ -202,13 +202,13 @@ def read_index(path, n_classes, labels):
 
     labels: the file that names the classes, of which there are n_classes.
     """
-    entries = []
+    entries, numbered = [], re.compile(r"\d{1,9}(,\d{1,9})*", re.ASCII)
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number},"
         image, _, numbers = line.strip().rpartition(" ")
-        if not image or not re.fullmatch(r"\d+(,\d+)*", numbers, re.ASCII):
+        if not image or not numbered.fullmatch(numbers):
             raise UserError(f"{place} has no label ('{line.strip()[:80]}'), and a line should be "
                             "an image, a space and its labels: get the file anew")
         classes = [int(k) for k in numbers.split(",")]
@@ -229,10 +229,13 @@ def read_coco(path):
                   else x["file_name"] for x in content["images"]}
         pairs = [(x["image_id"], x["category_id"]) for x in content["annotations"]]
         own = [name.strip() for _, name in categories]
-        plain = all(isinstance(image, str) for image in images.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = (all(isinstance(image, str) and image.isprintable() for image in images.values())
+                 and all(isinstance(key, int) for pair in pairs for key in pair)
+                 and len(images) == len(content["images"])
+                 and len(dict(categories)) == len(categories))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise not_coco(path) from error
-    if not plain:
+    if not whole:
         raise not_coco(path)
     number, classes = {key: k for k, (key, _) in enumerate(categories)}, {}
     for image, category in pairs:
@@ -281,8 +284,8 @@ def located(folder, entries):
 
 
 def leads_out(path):
-    """Whether a path with slashes is absolute, or has a step up."""
-    return path.startswith("/") or ".." in path.split("/") or bool(re.match("[A-Za-z]:", path))
+    """Whether a path with slashes is absolute (`/x`, `C:/x`), or has a step up."""
+    return path.startswith("/") or path[1:2] == ":" or ".." in path.split("/")
 
 
 def opened(folder, archive, member, place):
@@ -307,7 +310,7 @@ def opened(folder, archive, member, place):
                         "it anew") from error
     for name in members:
         if leads_out(name.replace("\\", "/")):
-            raise UserError(f"{path} has a member '{name}' that leads out of its folder: get the "
+            raise UserError(f"{path} has a member {name!r} that leads out of its folder: get the "
                             "zip file anew")
     return path, members
 

@@ -433,12 +433,18 @@ def task_losses(model, image_features, text_features, labels, task, texts):
 
     image_features [B, D], text_features [C, D] (or [B, C, D], see `logits`), labels [B], task [B]
     (an image's task number).
+    labels may also be a distribution over classes per image, [B, W], where images have several.
     A task without images in the batch has a loss of zero, and no gradient.
     """
     mine, start = texts.mine.to(task.device), texts.start.to(task.device)
     scores = logits(model, image_features, text_features)                       # [B, C]
     scores = scores.masked_fill(~mine[task], -math.inf)
-    losses = F.cross_entropy(scores, start[task] + labels, reduction="none")    # [B]
+    if labels.ndim == 1:
+        losses = F.cross_entropy(scores, start[task] + labels, reduction="none")    # [B]
+    else:
+        column = start[task, None] + torch.arange(labels.shape[1], device=task.device)  # [B, W]
+        log_p = scores.log_softmax(dim=1).gather(1, column.clamp(max=scores.shape[1] - 1))
+        losses = -(labels * log_p.masked_fill(labels == 0, 0)).sum(dim=1)       # 0 * -inf is NaN
     members = F.one_hot(task, len(start)).t().to(losses.dtype)                  # [N, B]
     return members @ losses / members.sum(dim=1).clamp(min=1)
 
@@ -452,6 +458,7 @@ def of_present(losses, task):
 def batches(args, model, tasks, frozen=False):
     """Yield the steps of an epoch: (images [B, 3, H, W], labels [B], task [B]).
 
+    Where an image has several labels, a step's are their distribution [B, W] (data.label_tensor).
     args.batches "tasks": a batch of every task in one flat batch; an epoch ends when the largest
     task has been seen once, smaller tasks cycle. "mixed": batches of the shuffled union of the
     tasks, every image once. All draws are made from PyTorch's global generator before the first
@@ -482,10 +489,9 @@ def batches(args, model, tasks, frozen=False):
                 x = [encode_image(model, chunk) for chunk, _, _ in rendered(lists, chunks)]
             images.view_features = key, torch.cat(x).unflatten(0, (-1, args.views))
         kept.append(images.view_features[1])                                    # [n, views, D]
-    labels = [torch.tensor(images.labels, device=device) for images in lists]
     for step in steps:
         yield (torch.stack([kept[t][i, view] for t, i, view in step]),
-               torch.stack([labels[t][i] for t, i, _ in step]),
+               datasets.label_tensor([lists[t].labels[i] for t, i, _ in step]).to(device),
                torch.tensor([t for t, _, _ in step], device=device))
 
 
@@ -542,7 +548,7 @@ def image_features(model, images, prompts=None, workers=None, tuned=None):
                 for i, feature in zip(chunk, encode_image(tuned or model, x, prompts)):
                     prompted[i] = feature
     plain = torch.stack([_plain[key][0] for key in keys])
-    labels = torch.tensor(images.labels, device=device)
+    labels = datasets.label_tensor(images.labels).to(device)
     return plain, torch.stack(prompted) if twice else plain, labels
 
 
@@ -580,16 +586,50 @@ def zero_shot_classifiers(model, tasks):
 
 
 def score(metric, scores, labels):
-    """A task's metric, in %, from scores [n, C] and labels [n].
+    """A task's metric, in %, from scores [n, C] and labels [n] (or [n, W], several per image).
 
-    "accuracy", "mean per class" (the classes weigh equally), or a function of both.
+    "accuracy", "mean per class" (the classes weigh equally), "ROC AUC" (two classes), "11-point
+    mAP", or a function of both.
     """
     if callable(metric):
         return metric(scores, labels)
+    if metric == "ROC AUC":
+        return roc_auc(scores.double().cpu(), labels.cpu())
+    if metric == "11-point mAP":
+        return mean_average_precision(scores.double().cpu(), labels.cpu())
     hits, labels = (scores.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
     if metric == "accuracy":
         return 100 * hits.mean().item()
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
+
+
+def roc_auc(scores, labels):
+    """The area under the ROC curve of class 1, ranked by its softmax probability, in %.
+
+    50, which is chance, where all images are of one class.
+    """
+    from sklearn.metrics import roc_auc_score
+    if len(labels.unique()) < 2:
+        return 50.0
+    return 100 * float(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
+
+
+def mean_average_precision(scores, labels):
+    """PASCAL VOC's 11-point interpolated average precision (Everingham et al., IJCV 2010), the
+    mean over the classes with a positive image, in %.
+
+    A class ranks the images by its score. Its average precision is the mean, over the recalls
+    0, 0.1, ..., 1, of the largest precision at that recall or a larger one.
+    """
+    from sklearn.metrics import precision_recall_curve
+    found = []
+    for k, positive in enumerate((labels > 0).t()):
+        if positive.any():
+            precision, recall, _ = precision_recall_curve(positive, scores[:, k])
+            precision, recall = precision[:-1], recall[:-1]     # the last point is not an image's
+            points = [precision[recall >= t / 10 - 1e-9].max() for t in range(11)]
+            found.append(100 * float(np.mean(points)))
+    return statistics.mean(found) if found else 0.0
 
 
 # -------------------------------------------------------- optimizers, and gradients that disagree
@@ -962,11 +1002,17 @@ def fingerprints(images, sizes=True):
             text = "/".join(Path(item).parts[-3:]).encode("utf-8", "surrogateescape")
             text += str(os.path.getsize(item)).encode() if sizes else b""
         else:
-            text = repr(
-                (Path(item[0]).name, *item[1:]) if isinstance(item, tuple) else item
-            ).encode()
+            text = repr(_in_file(*item) if isinstance(item, tuple) else item).encode()
         found.append(int.from_bytes(hashlib.sha1(text).digest()[:8], "big", signed=True))
     return torch.tensor(found, dtype=torch.long)
+
+
+def _in_file(path, *place):
+    """What tells an image inside a file, wherever the file is: zip files of several datasets have
+    one name, so their folder counts too."""
+    path = Path(path)
+    name = f"{path.parent.name}/{path.name}" if path.suffix == ".zip" else path.name
+    return name, *place
 
 
 def contents(tasks):
@@ -1448,6 +1494,7 @@ def gather(settings, tasks, model, finished):
     result.update(
         seeds=list(settings["seeds"]),
         tasks=names,
+        metrics={task.name: task.metric for task in tasks},
         zero_shot={
             n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)
         },
@@ -1501,6 +1548,13 @@ def aligned(rows):
     return "\n".join(lines)
 
 
+def measured(result):
+    """What the numbers of a result are: "accuracy (VOC2007: 11-point mAP)"."""
+    others = [f"{task}: {metric}" for task, metric in result.get("metrics", {}).items()
+              if metric != "accuracy"]
+    return "accuracy" + (f" ({', '.join(others)})" if others else "")
+
+
 def print_table(result):
     """The closing table: a row per task and the average; zero-shot CLIP, the method, the papers."""
     head, papers = ["", "zero-shot", result["method"]], paper_columns(result)
@@ -1518,7 +1572,7 @@ def print_table(result):
             print(f"\n{paper['paper']}, {paper['table']}: {paper['note']}")
     share = 100 * result["trainable_parameters"] / result["clip_parameters"]
     print(f"\n{result['trainable_parameters']:,} trainable parameters ({share:.2f}% of CLIP's); "
-          f"accuracy in %, seeds {' '.join(map(str, result['seeds']))}; trained in "
+          f"{measured(result)} in %, seeds {' '.join(map(str, result['seeds']))}; trained in "
           f"{statistics.mean(result['seconds']):.0f} s per seed")
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
@@ -1714,7 +1768,7 @@ def _baseline(name, Args, argv, n_classes=1):
     tasks = {seed: load_tasks(given.data, given.split, given.shots, seed, given.root)
              for seed in given.seeds}
     for task in tasks[given.seeds[0]]:
-        if len(set(task.train.labels)) < n_classes:
+        if len(set(task.train.classes)) < n_classes:
             raise UserError(f"the task {task.name} has fewer than {n_classes} classes: {name} "
                             "needs them to tell apart, so leave the task out")
     model, _ = load_clip(given.clip, given.device)
@@ -1793,8 +1847,13 @@ def probe(argv):
         return LogisticRegression(C=C, max_iter=1000).fit(x, y)
 
     def unit(images):
+        """Features and labels; an image that has several labels stands once for each."""
         x, _, labels = image_features(model, images, workers=args.workers)
-        return F.normalize(x, dim=-1).cpu().numpy(), labels.cpu().numpy()
+        x, labels = F.normalize(x, dim=-1).cpu(), labels.cpu()
+        if labels.ndim == 2:
+            image, labels = labels.nonzero(as_tuple=True)
+            x = x[image]
+        return x.numpy(), labels.numpy()
 
     for seed in args.seeds:
         found, start, size = [], time.time(), 0
@@ -1809,11 +1868,12 @@ def probe(argv):
             found.append(regression)
             size += regression.coef_.size + regression.intercept_.size
         scores = evaluate(args, model, tasks[seed], zero_shot_classifiers(model, tasks[seed]))
-        scores["accuracy"] = [
-            score(task.metric, torch.tensor(class_scores(regression, unit(task.test)[0],
-                                                         len(task.class_names))),
-                  torch.tensor(task.test.labels))
-            for task, regression in zip(tasks[seed], found)]
+        scores["accuracy"] = []
+        for task, regression in zip(tasks[seed], found):
+            x, _, labels = image_features(model, task.test, workers=args.workers)
+            x = F.normalize(x, dim=-1).cpu().numpy()
+            own = torch.tensor(class_scores(regression, x, len(task.class_names)))
+            scores["accuracy"].append(score(task.metric, own, labels))
         finished[seed] = dict(scores, trainable_parameters=size, seconds=time.time() - start,
                               C=[regression.C for regression in found])
         told = ", ".join(f"{task.name} {r.C:g}" for task, r in zip(tasks[seed], found))

@@ -223,6 +223,14 @@ def score(args, model, tasks, prompts):
     return common.evaluate(args, model, tasks, [w[mine] for mine in texts.mine.to(w.device)])
 
 
+def check_tasks(args, tasks):
+    """Raise UserError for tasks that ProDA's loss is not defined on."""
+    for task in tasks:
+        if args.proda and any(isinstance(label, tuple) for label in task.train.labels):
+            raise common.UserError(f"--proda has a loss for one class per image, and {task.name} "
+                                   "has several: leave the task out")
+
+
 def check(args):
     """Raise UserError for settings that contradict each other."""
     if args.single_task and args.surgery != "none":
@@ -245,7 +253,7 @@ def check(args):
 def main(argv=None):
     args = common.parse(Args, __doc__, argv, tiny, OF_DATA, own)
     check(args)
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, tiny=tiny)
+    common.run_seeds(args, build, train, score, n_text=args.n_ctx, check=check_tasks, tiny=tiny)
 
 
 if __name__ == "__main__":

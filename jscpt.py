@@ -320,15 +320,16 @@ class Development:
             if not task.val:
                 print(f"{task.name}: no training image can be held out for development, so the "
                       "training images serve", flush=True)
-            parts = list(datasets.in_order(images, model.visual.input_resolution, args.workers))
+            parts = datasets.in_order(images, model.visual.input_resolution, args.workers)
             self.pixels.append(torch.cat([pixels for pixels, _ in parts]))
-            self.labels.append(torch.cat([labels for _, labels in parts]))
+            self.labels.append(images.labels)
 
     def batch(self):
         """(images [B, 3, H, W], labels [B], task [B]), from PyTorch's global generator."""
         chosen = [torch.randperm(len(x))[:self.batch_size] for x in self.labels]
         images = torch.cat([x[i] for x, i in zip(self.pixels, chosen)])
-        labels = torch.cat([x[i] for x, i in zip(self.labels, chosen)])
+        labels = datasets.label_tensor(
+            [x[k] for x, i in zip(self.labels, chosen) for k in i.tolist()])
         task = torch.cat([torch.full((len(i),), t) for t, i in enumerate(chosen)])
         return (datasets.normalise(images.to(self.device)), labels.to(self.device),
                 task.to(self.device))
@@ -418,7 +419,7 @@ def aside(args, task, seed):
     """One task of `set_aside`."""
     pool = task.val or task.test
     places, draw, chosen = defaultdict(list), random.Random(f"{seed}/dev/{task.name}"), []
-    for i, label in enumerate(pool.labels):
+    for i, label in enumerate(pool.classes):
         places[label].append(i)
     for label in sorted(places):
         spare = len(places[label]) - (0 if task.val else 1)     # a class keeps a test image

@@ -49,9 +49,11 @@ Choices the paper leaves open
 - A step takes a batch (of 32) of every task, and the loss is the sum of the tasks', each over its
   own classes; an epoch is as long as the largest task needs.
 - Held-out part: 20% of the few-shot set, spread over the classes; up to 4 images per class of a
-  dataset's own validation part (CoOp's protocol). At 1 shot without one the training images serve.
-  The first of equally good epochs is kept, as in CoOp's program; for the source prompt by the mean
-  over the source tasks.
+  dataset's own validation part (CoOp's protocol; of ELEVATER's datasets none is used). At 1 shot
+  without one the training images serve. The first of equally good epochs is kept, as in CoOp's
+  program; for the source prompt by the mean over the source tasks.
+- Each task has its dataset's metric, also on the held-out part. In VOC 2007 an image has several
+  classes: the loss is the cross-entropy with their uniform distribution, as the authors train it.
 - Source tasks default to the targets, and have as many shots, or the same split (Sec. 4.1). Tasks
   that train on images which a target tests on are rejected, also where `--init` has seen them.
 - Transfer is measured on held-out images, one seed at a time, so that no test image chooses a
@@ -62,8 +64,9 @@ Choices the paper leaves open
   best` takes the size among 1, 2 and 3 whose checkpoint is best on the target's held-out part, of
   equally good ones the smallest. The paper's "Worst M" is below single-task adaptation, so it has
   partners: sizes 2 and 3.
-- Fresh views every epoch. At the built-in backbone `coop` draws 8 views per image once instead, so
-  that the frozen encoder sees each of them once; `tiny` was never trained on small crops.
+- Fresh views every epoch; ELEVATER's images are only resized and cropped at the centre. At the
+  built-in backbone `coop` draws 8 views per image once instead, so that the frozen encoder sees
+  each of them once; `tiny` was never trained on small crops.
 - The paper stands above the authors' program, which runs SGD, mixes the tasks' images, with a
   softmax over all tasks' classes, and gives UPT's block a [1, n, 128] where that takes [n, 1, 128],
   so that no prompt sees another.

@@ -1,8 +1,10 @@
 """An image file read as a person sees it, its views, and the batches of a training step."""
+import io
 import math
 import os
 import random
 import warnings
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,22 +22,38 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_image(path):
-    """The RGB image in a file, as a person sees it.
+    """The RGB image in a file, or in a member of a zip file: (zip file, member), as a person sees
+    it.
 
     EXIF orientation is applied, transparency is put on white, 16-bit and float images are scaled by
     their range, of an animation the first frame is taken. Raises UserError with the path where the
     file cannot be decoded.
     """
     try:
+        file = path
+        if isinstance(path, tuple):
+            archive, member = path
+            file = io.BytesIO(_zip_file(archive, os.getpid()).read(member))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow warns of damage first
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 image.load()
                 return rgb(upright(image))
     except Exception as error:      # Pillow's decoders raise RuntimeError, TypeError and others
-        raise UserError(
-            f"{path} cannot be decoded as an image ({brief(error)}): replace it or take it away"
-        ) from error
+        raise UserError(f"{shown(path)} cannot be decoded as an image ({brief(error)}): replace it "
+                        "or take it away") from error
+
+
+@lru_cache(maxsize=128)
+def _zip_file(path, process):
+    """A zip file, open in this process alone: a worker that shared its parent's file handle would
+    move the parent's position in the file."""
+    return zipfile.ZipFile(path)
+
+
+def shown(item):
+    """An image's path; of a member of a zip file `train.zip@member`."""
+    return "@".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
 def upright(image):
@@ -95,11 +113,17 @@ def _sheet(path):
 
 class Images(torch.utils.data.Dataset):
     """A list of (PIL image, label). `items` are paths, or anything that `read` makes an image
-    of."""
+    of.
 
-    def __init__(self, items, labels, read=read_image, kept=None):
+    A label is a class number, or where an image may have several a tuple of them, the class that it
+    was drawn for first. crop: whether an image that is not augmented is cropped at its centre, as
+    CLIP does, or resized to a square.
+    """
+
+    def __init__(self, items, labels, read=read_image, kept=None, crop=True):
         self.items, self.labels, self.read = list(items), list(labels), read
         self.kept = {} if kept is None else kept                # decoded images by item, see `keep`
+        self.crop = crop
 
     def __len__(self):
         return len(self.items)
@@ -115,6 +139,11 @@ class Images(torch.utils.data.Dataset):
         state.pop("view_features", None)
         return state
 
+    @property
+    def classes(self):
+        """A class number per image; of several, the one that it was drawn for."""
+        return [label[0] if isinstance(label, tuple) else label for label in self.labels]
+
     def subset(self, indices):
         """The images at some indices, as Images."""
         return Images(
@@ -122,6 +151,7 @@ class Images(torch.utils.data.Dataset):
             [self.labels[i] for i in indices],
             self.read,
             self.kept,
+            self.crop,
         )
 
     def keep(self, index, room):
@@ -135,6 +165,18 @@ class Images(torch.utils.data.Dataset):
             return room
         self.kept[self.items[index]] = image
         return room - size
+
+
+def label_tensor(labels):
+    """Labels as a tensor [B]; where one of them is a tuple of classes, the uniform distribution
+    over each image's classes, [B, largest class + 1]."""
+    if not any(isinstance(label, tuple) for label in labels):
+        return torch.tensor(labels)
+    several = [label if isinstance(label, tuple) else (label,) for label in labels]
+    rows = torch.zeros(len(labels), 1 + max(max(classes) for classes in several))
+    for row, classes in zip(rows, several):
+        row[list(classes)] = 1 / len(classes)
+    return rows
 
 
 # ------------------------------------------------------------------------- the batches of a step
@@ -169,32 +211,40 @@ def plan(sizes, batch_size, mixed=False, views=0):
 
 
 def rendered(lists, steps, size, seed, min_crop=0.08, augment=None, workers=None):
-    """Yield (images uint8 [B, 3, size, size], labels [B], task [B]) for each step of a `plan`.
+    """Yield (images uint8 [B, 3, size, size], labels, task [B]) for each step of a `plan`.
 
     A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip,
     under a random state of its own, from the seed, the task, the index and the view: no worker
-    process and no other image has a part in it. Where augment[task] is False an image is only
-    resized. workers: how many processes read; None chooses, 0 works everywhere.
+    process and no other image has a part in it. Where augment[task] is False an image is what it is
+    for a test. labels: as `label_tensor` has them. workers: how many processes read; None chooses,
+    0 works everywhere.
     """
-    cropped = transforms.Compose([
+    augmented = transforms.Compose([
         transforms.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip()])
-    resized = transforms.Resize((size, size), InterpolationMode.BICUBIC)
-    kinds = [cropped if augment is None or augment[t] else resized for t in range(len(lists))]
+    kinds = [augmented if augment is None or augment[t] else whole(size, images.crop)
+             for t, images in enumerate(lists)]
     jobs = _Rendered(lists, steps, kinds, seed)
     for pixels, labels, tasks in _loaded(jobs, lists, workers):
-        yield torch.from_numpy(pixels), torch.tensor(labels), torch.tensor(tasks)
+        yield torch.from_numpy(pixels), label_tensor(labels), torch.tensor(tasks)
 
 
 def in_order(images, size, workers=None, batch=100):
-    """Yield (images uint8 [B, 3, size, size], labels [B]) of all images, as CLIP sees test images:
-    resized to `size` (bicubic) and cropped at the centre."""
-    whole = transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC),
-                                transforms.CenterCrop(size)])
+    """Yield (images uint8 [B, 3, size, size], labels) of all images, as CLIP sees test images:
+    resized to `size` (bicubic) and cropped at the centre, or whole where `images.crop` is False."""
     steps = [[(0, i, 0) for i in range(k, min(k + batch, len(images)))]
              for k in range(0, len(images), batch)]
-    for pixels, labels, _ in _loaded(_Rendered([images], steps, [whole], 0), [images], workers):
-        yield torch.from_numpy(pixels), torch.tensor(labels)
+    jobs = _Rendered([images], steps, [whole(size, images.crop)], 0)
+    for pixels, labels, _ in _loaded(jobs, [images], workers):
+        yield torch.from_numpy(pixels), label_tensor(labels)
+
+
+def whole(size, crop):
+    """The view of an image that is not augmented: CLIP's, or without its centre crop."""
+    if not crop:
+        return transforms.Resize((size, size), InterpolationMode.BICUBIC)
+    return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC),
+                               transforms.CenterCrop(size)])
 
 
 def normalise(images):

@@ -19,6 +19,8 @@ class Listing:
     val: list = None
     metric: str = "accuracy"
     augment: bool = True        # False: training images are only resized
+    crop: bool = True           # False: images that are not augmented are resized to a square
+    labels: dict = None         # {image: its classes, that of its list first} where it has several
     read: Callable = read_image
     taken: list = field(default_factory=list)       # training images of each class, once divided
     notes: list = field(default_factory=list)       # what is not as published or asked for

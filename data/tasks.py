@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import benchmarks
 from .errors import UserError, warn_once
-from .images import Images
+from .images import Images, shown
 from .listing import file_of
 
 BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
@@ -24,7 +24,7 @@ class Task:
     train: Images
     test: Images
     val: Images = None          # None where the dataset has no validation part of its own
-    metric: str | Callable = "accuracy"     # or "mean per class"
+    metric: str | Callable = "accuracy"     # "mean per class", "ROC AUC", "11-point mAP"
     augment: bool = True        # False: training images are only resized
 
 
@@ -130,7 +130,10 @@ def warn_of_few(listings, shots):
 
 def as_images(pairs, listing):
     """Images from pairs of (item, label)."""
-    return Images([item for item, _ in pairs], [label for _, label in pairs], listing.read)
+    labels = [label for _, label in pairs]
+    if listing.labels:
+        labels = [listing.labels[item] for item, _ in pairs]
+    return Images([item for item, _ in pairs], labels, listing.read, crop=listing.crop)
 
 
 def validation(listing, shots, seed):
@@ -158,8 +161,8 @@ def refuse_both_sides(tasks):
                     break
                 image = item if isinstance(item, tuple) else file_of(item)
                 if seen.setdefault(image, side) != side:
-                    raise UserError(f"{item} of {task.name} is both a {seen[image]} and a {side} "
-                                    "image: take it out of one")
+                    raise UserError(f"{shown(item)} of {task.name} is both a {seen[image]} and a "
+                                    f"{side} image: take it out of one")
                 if side == "training":
                     trained.setdefault(image, task.name)
                 elif side == "test":
@@ -179,7 +182,7 @@ def hold_out(images, seed, fraction=0.2):
     class nothing can be held out, and the second list is empty.
     """
     wanted, places = round(fraction * len(images)), defaultdict(list)
-    for i, label in enumerate(images.labels):
+    for i, label in enumerate(images.classes):
         places[label].append(i)
     draw = random.Random(f"{seed}/hold out/{len(images)}")
     queues = {}

@@ -475,7 +475,7 @@ def test_where_no_image_can_be_held_out_the_training_images_serve_and_a_line_say
     development = jscpt.Development(settings(), small, datasets.with_held_out(tasks, 1))
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith("a: no training image can be held out")
-    assert sorted(development.labels[0].tolist()) == [0, 1, 2]
+    assert sorted(development.labels[0]) == [0, 1, 2]
 
 
 def test_dev_shots_come_from_outside_the_training_split_and_leave_the_test_set():

@@ -7,10 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import UserError
-from . import cifar100, coop, domains, emoji, folders
+from . import cifar100, coop, domains, elevater, emoji, folders
 
-BENCHMARKS = {**emoji.BENCHMARKS, **domains.BENCHMARKS, **cifar100.BENCHMARKS, **coop.BENCHMARKS}
-DOWNLOADS = {**cifar100.DOWNLOADS, **coop.DOWNLOADS}
+FAMILIES = (emoji, domains, cifar100, coop, elevater)
+BENCHMARKS = {name: read for family in FAMILIES for name, read in family.BENCHMARKS.items()}
+DOWNLOADS = {**cifar100.DOWNLOADS, **coop.DOWNLOADS, **elevater.DOWNLOADS}
 
 
 def names_of(data):

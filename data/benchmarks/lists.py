@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 from ..errors import UserError, brief
-from ..images import is_image
+from ..images import is_image, shown
 from ..listing import Listing, images_of
 
 
@@ -150,7 +150,8 @@ def label_names(parts, source, names=None):
 def split_listing(name, template, parts, names, source, draw, lacking=()):
     """A Listing from a dataset's own split.
 
-    parts: "train", "test" and "val" (as many as it has) -> a list of (path, label, class name);
+    parts: "train", "test" and "val" (as many as it has) -> a list of (path, label, class name), or
+    of (item, label, class name), whose images the caller has found to be there;
     names: label -> class name; source: the file or folder to name in errors; lacking: classes that
     may do without training images. An image that is listed twice in one part counts once.
     Raises UserError for absent images, an image in two parts, a class without training or test
@@ -168,8 +169,8 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
             elif owner[path] == (part, label):
                 twice.append(path)
             else:
-                raise UserError(f"{source} lists {path} twice, in {owner[path][0]} and {part} or "
-                                "with two labels: take one of the lines out")
+                raise UserError(f"{source} lists {shown(path)} twice, in {owner[path][0]} and "
+                                f"{part} or with two labels: take one of the lines out")
     if twice:
         notes.append(f"{source} lists {counted(twice, 'image')} twice: counted once")
     for part, what in dict(train="training", test="test").items():
@@ -181,7 +182,8 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
                 )
     if not labels:
         raise UserError(f"{source} leaves no image to train on: get the file anew")
-    check_there([path for items in parts.values() for path, _, _ in items], source)
+    files = [path for items in parts.values() for path, _, _ in items if isinstance(path, str)]
+    check_there(files, source)
     return Listing(name, [names[label] for label in labels], template, lists["train"], draw,
                    test=lists.get("test"), val=lists.get("val"), notes=notes)
 

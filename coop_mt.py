@@ -22,17 +22,17 @@ and the loss is the sum of the tasks' cross-entropies. Only the text side is tra
     python coop_mt.py --data officehome --split 0.1 --seeds 1 2 3 --clip RN50 --single-task \
         --proda 2                                       # ... column ProDA
 
-Two relatives, trained one task at a time, as in HiPro's tables. CoCoOp (Zhou, Yang, Loy and Liu,
-"Conditional Prompt Learning for Vision-Language Models", CVPR 2022) adds to each context vector
-one vector that a small network makes of the image's feature, so every image has texts of its own.
-ProDA (Lu, Liu, Zhang, Liu and Tian, "Prompt Distribution Learning", CVPR 2022) learns K contexts,
-takes the K classifiers that they give for samples of a Gaussian, and minimises an upper bound of
-the expected loss under it.
+Two related methods, trained one task at a time, as in HiPro's tables. CoCoOp (Zhou, Yang, Loy and
+Liu, "Conditional Prompt Learning for Vision-Language Models", CVPR 2022) adds to each context
+vector one vector that a small network makes of the image's feature, so every image has its own
+texts. ProDA (Lu, Liu, Zhang, Liu and Tian, "Prompt Distribution Learning", CVPR 2022) learns K
+contexts, takes the K classifiers that they give for samples of a Gaussian, and minimises an upper
+bound of the expected loss under it.
 
 paper           code                                    paper       code
 [v]_1..b        Context.vectors [K, b, d_l], K = 1      L_T         losses [N], MmAP's Eq. (5)
 h_theta, pi     Context.meta, its output [B, d_l]       v_m(x)      Context.text_prompts(x)
-w(P_k)          w [K, C, D]                             mu          the mean of w over K
+w(P_k)          w [K, C, D]                             mu          mean of the unit-length w over K
 L_upper, L_so   upper_bound, orthogonality              lambda      0.1
 
 Choices the papers leave open
@@ -51,10 +51,11 @@ Choices the papers leave open
 - CoCoOp: b = 16 vectors, N(0, 0.02), as the other columns of HiPro have (its own paper: 4, from "a
   photo of a"); its own batch of 1, 10 epochs and learning rate 0.002 are the defaults of
   `--conditional`. The network sees the image feature at unit length, as its authors' program does.
-- ProDA: K = 2 contexts a task have about as many numbers as HiPro's 2N - 1 nodes for N tasks ("we
-  limit the number of learnable prompts of ProDA so that its #parameters are close to HiPro"), so
-  all K are in every step. The class name stands at the end (ProDA also learns contexts around and
-  behind it). The covariance is that of the K classifiers, divided by K; a test image is classified
+- ProDA: K = 2 contexts per task have about as many parameters as HiPro's 2N - 1 nodes for N tasks
+  ("we limit the number of learnable prompts of ProDA so that its #parameters are close to HiPro"),
+  so all K are in every step. The class name stands at the end (ProDA also learns contexts around
+  and behind it). The covariance is the full one of the K classifiers, divided by K (its authors'
+  program, as copied by others, keeps the diagonal and divides by K + 1); a test image is classified
   by their mean. HiPro's epochs, batch and learning rate are the defaults of `--proda`.
 """
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ import common
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
 LAMBDA = 0.1                            # ProDA's weight of its orthogonality loss
+FEW = 16                                # test images whose own texts fit into memory at once
 
 
 @dataclass
@@ -83,8 +85,8 @@ class Args(common.Args):
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a context per task, each trained alone (the papers' column CoOp)
     surgery: Literal["none", "pcgrad", "imtl", "cagrad"] = "none"  # where tasks' gradients disagree
-    conditional: bool = False  # CoCoOp: a context per image, with --single-task
-    proda: int = 0  # ProDA: so many contexts, a sample of a Gaussian, with --single-task (0: off)
+    conditional: bool = False  # CoCoOp: shift the context by what a network makes of the image
+    proda: int = 0  # ProDA: the number K of contexts (0: off)
 
 
 def own(args):
@@ -160,8 +162,15 @@ def combined(surgery, grads, generator):
 
 
 def copies(tokens, n):
-    """(tokens [n*C, T], sets [n*C]): the same texts [C, T] once behind each of n contexts."""
+    """Repeat the C texts [C, T] for each of n contexts: (tokens [n*C, T], the context of each)."""
     return tokens.repeat(n, 1), torch.arange(n).repeat_interleave(len(tokens))
+
+
+def proda_loss(model, x, w, bare, labels):
+    """ProDA's loss, [1]: L_upper + lambda L_so, from image features x [B, D], text features w
+    [K, C, D], and those of the contexts without a class name, bare [K, D]."""
+    logits = torch.stack([common.logits(model, x, one) for one in w])           # [K, B, C]
+    return upper_bound(logits, labels).mean()[None] + LAMBDA * orthogonality(bare)
 
 
 def train(args, model, tasks, run):
@@ -179,10 +188,8 @@ def train(args, model, tasks, run):
             tokens, sets = copies(texts.tokens, context.shape[1])               # S times the texts
             w = common.encode_text(model, tokens, context, sets).unflatten(0, (-1, C))  # [S, C, D]
             if args.proda:
-                logits = torch.stack([common.logits(model, x, one) for one in w])       # [K, B, C]
-                tokens, sets = copies(nameless, args.proda)
-                bare = common.encode_text(model, tokens, context, sets)                 # [K, D]
-                losses = upper_bound(logits, labels).mean()[None] + LAMBDA * orthogonality(bare)
+                bare = common.encode_text(model, nameless.expand(args.proda, -1), context)  # [K, D]
+                losses = proda_loss(model, x, w, bare, labels)
             else:
                 w = w if args.conditional else w[0]
                 losses = common.task_losses(model, x, w, labels, task, texts)   # [N], Eq. (5)
@@ -214,7 +221,7 @@ def score(args, model, tasks, prompts):
 
     def cosines(x):
         """[n, C], where each image of x [n, D] has its own texts; a few images at a time."""
-        return torch.cat([(classifiers(part) @ part[..., None])[..., 0] for part in x.split(16)])
+        return torch.cat([(classifiers(part) @ part[..., None])[..., 0] for part in x.split(FEW)])
 
     if args.conditional:
         return common.evaluate(args, model, tasks, [cosines])
@@ -233,12 +240,12 @@ def check_tasks(args, tasks):
 
 def check(args):
     """Raise UserError for settings that contradict each other."""
-    if args.single_task and args.surgery != "none":
-        raise common.UserError("--surgery works on a prompt that tasks share, and --single-task "
-                               "leaves none: leave one of them out")
     if args.conditional and args.proda:
         raise common.UserError("--conditional is CoCoOp and --proda is ProDA: leave one of them "
                                "out")
+    if args.surgery != "none" and (args.single_task or args.conditional or args.proda):
+        raise common.UserError("--surgery works on a prompt that tasks share, and --single-task, "
+                               "--conditional and --proda leave none: leave one of them out")
     for flag in ("conditional", "proda"):
         if getattr(args, flag) and not args.single_task:
             raise common.UserError(f"--{flag} is trained one task at a time: add --single-task")

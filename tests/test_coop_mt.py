@@ -118,6 +118,36 @@ def test_the_loss_runs_on_cuda():
         assert losses.device.type == "cuda" and losses.shape == (2,)
 
 
+@pytest.mark.parametrize("relative", ["conditional", "proda"])
+def test_the_relatives_losses_run_on_cuda(relative):
+    from clip.model import CLIP
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    texts = common.Texts(small_tasks("a"), 3)
+    K, D = dict(conditional=(1, 32), proda=(4, None))[relative]
+    tokens, sets = coop.copies(texts.tokens, 4)                 # of 4 images, or of 4 contexts
+    sets = sets.tolist()                                        # before tensors are fake
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model, x = CLIP(**TINY).eval(), torch.randn(4, 32)
+        labels = torch.zeros(4, dtype=torch.long)
+        context = coop.Context(3, 64, K, D).text_prompts(x)
+        w = common.encode_text(model, tokens, context, sets).unflatten(0, (-1, 3))
+        if relative == "proda":
+            loss = coop.proda_loss(model, x, w, w[:, 0], labels)
+        else:
+            loss = common.task_losses(model, x, w, labels, labels, texts)
+        assert loss.device.type == "cuda" and loss.shape == (1,)
+
+
+@pytest.mark.parametrize("words, batch, batches, epochs, lr", [
+    (["--conditional"], 1, "tasks", 10, 0.002), (["--proda", "2"], 20, "mixed", 100, 0.001),
+    ([], 4, "tasks", 5, 0.0035)])
+def test_a_relatives_own_settings_come_before_those_of_a_dataset(words, batch, batches, epochs, lr):
+    words = ["--data", "minidomainnet", "--split", "0.01", "--single-task", *words]
+    args = common.parse(coop.Args, "", words, coop.tiny, coop.OF_DATA, coop.own)
+    assert (args.batch_size, args.batches, args.epochs, args.lr) == (batch, batches, epochs, lr)
+
+
 def test_text_prompts_train_on_a_resnet_backbone():
     shape = dict(
         embed_dim=64,

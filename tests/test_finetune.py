@@ -36,7 +36,7 @@ def test_a_shared_adapter_is_one(vit_b16):
 
 
 def first_step(model, args, tasks):
-    """(weights before, after, the model's own state unchanged) of one step of training."""
+    """(weights before, weights after, run, batch) of one step; the frozen model keeps its bits."""
     before, run = copy.deepcopy(model.state_dict()), Phases()
     common.seed_everything("start")
     after = common.train_weights(args, model, tasks, run)
@@ -49,8 +49,8 @@ def first_step(model, args, tasks):
 
 
 @pytest.mark.parametrize("train", ["all", "bias"])
-def test_the_first_step_is_adamws_on_the_gradient_of_the_packages_own_encoders(small, train):
-    """Adam's first step is lr * sign(gradient); a full decay of lr * 0.1 with all weights."""
+def test_the_first_step_is_on_the_gradient_of_the_packages_own_encoders(small, train):
+    """SGD on biases; AdamW on all: its first step is lr * sign(gradient), and a decay."""
     args, tasks = settings(train), small_tasks("a", "b")
     start, after, run, (images, labels, task) = first_step(small, args, tasks)
     tuned = copy.deepcopy(small)
@@ -64,12 +64,18 @@ def test_the_first_step_is_adamws_on_the_gradient_of_the_packages_own_encoders(s
         losses.append(F.cross_entropy(tuned.logit_scale.exp() * cosine, labels[task == t]))
     sum(losses).backward()
     assert run.logged[0]["losses"].tolist() == pytest.approx([x.item() for x in losses], rel=1e-4)
-    moved, decay = 0, 0.1 if train == "all" else 0.0
+    moved = 0
     for name, p in free.items():
         key = name.replace(".", "/")
-        step = start.parts[key] * (1 - 0.01 * decay) - after.parts[key]
+        before, now = start.parts[key], after.parts[key]
+        if train == "bias":
+            expected = before - 0.01 * (p.grad + 5e-4 * before)
+            assert (now - expected).abs().max() < 1e-5, name
+            moved += int((p.grad != 0).sum())
+            continue
         sure = p.grad.abs() > 1e-4          # Adam divides by |gradient| + 1e-8
-        assert (step - 0.01 * p.grad.sign())[sure].abs().max().item() < 1e-5 if sure.any() else True
+        step = before * (1 - 0.01 * 0.1) - now - 0.01 * p.grad.sign()
+        assert not sure.any() or step[sure].abs().max() < 1e-5, name
         moved += int(sure.sum())
     assert moved > 0.2 * sum(p.numel() for n, p in free.items() if "embedding" not in n)
 
@@ -104,22 +110,57 @@ def test_adapters_train_behind_a_frozen_clip(small, adapters):
     args, tasks = settings("adapter", adapters=adapters), small_tasks("a", "b")
     start, after, run, (images, labels, task) = first_step(small, args, tasks)
     losses = []
-    for t, one in enumerate(tasks):
+    texts = [common.tokenize(one.class_names, template=one.template) for one in tasks]
+    for t in range(2):
         x = common.encode_image(small, images[task == t])
         x = 0.2 * start.adapters[t if adapters == "task" else 0](x) + 0.8 * x
-        w = common.encode_text(small, common.tokenize(one.class_names, template=one.template))
+        w = common.encode_text(small, texts[t])
         losses.append(F.cross_entropy(common.logits(small, x, w), labels[task == t]))
     sum(losses).backward()
     assert run.logged[0]["loss"].item() == pytest.approx(sum(losses).item(), rel=1e-5)
     for before, now in zip(start.parameters(), after.parameters()):
-        sure = before.grad.abs() > 1e-4
-        step = (before - now) - 0.01 * before.grad.sign()
-        assert sure.any() and step[sure].abs().max() < 1e-5
+        expected = before - 0.01 * (before.grad + 5e-4 * before)
+        assert before.grad.any() and (now - expected).abs().max() < 1e-6
     scores = common.score_weights(args, small, tasks, after)
     x, _, y = common.image_features(small, tasks[1].test)
-    hits = common.logits(small, after.adapted(x, torch.ones(len(x), dtype=torch.long)),
-                         w).argmax(-1) == y
+    x = after.adapted(x, torch.ones(len(x), dtype=torch.long))
+    hits = common.logits(small, x, common.encode_text(small, texts[1])).argmax(-1) == y
     assert scores["accuracy"][1] == pytest.approx(100 * hits.double().mean().item())
+
+
+@pytest.mark.parametrize("train", ["all", "bias"])
+def test_the_loss_runs_on_cuda(train):
+    """A forward pass on fake CUDA tensors: nothing is left on the CPU."""
+    from clip.model import CLIP
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    texts = common.Texts(small_tasks("a", "b"), templates=True)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        weights = common.Weights(CLIP(**TINY).eval(), train, 0, 0.2)
+        images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+        x = weights.adapted(common.encode_image(weights.clip, images), labels)
+        w = common.encode_text(weights.clip, texts.tokens)
+        losses = common.task_losses(weights.clip, x, w, labels, labels, texts)
+        assert losses.device.type == "cuda" and losses.shape == (2,)
+
+
+def test_a_trained_temperature_is_used(small):
+    """Probabilities of full fine-tuning have its own logit scale."""
+    weights = common.build_weights(settings("all"), small, small_tasks("a"))
+    weights.parts["logit_scale"].data += 1.0
+    [task], kept = small_tasks("a"), []
+    task.metric = lambda scores, labels: kept.append(scores) or 0.0
+    common.score_weights(settings("all"), small, [task], weights)
+    assert (kept[1] / kept[0]).mean().item() == pytest.approx(2.718, rel=1e-3)
+
+
+def test_the_settings_that_follow_from_what_is_trained():
+    read = common.parse
+    for train, lr in (("all", 1e-5), ("bias", 0.0035), ("adapter", 0.0035)):
+        words = ["--data", "minidomainnet", "--split", "0.01", "--train", train]
+        args = read(common.FinetuneArgs, "", words, common.finetune_tiny,
+                    dict(minidomainnet=dict(batch_size=4)), common.finetune_own)
+        assert (args.lr, args.batch_size, args.epochs, args.clip) == (lr, 4, 5, "ViT-B/16")
 
 
 def test_trained_weights_score_with_both_of_their_encoders(small):
@@ -149,7 +190,7 @@ def test_a_run_is_one_like_any_other(own, words, tmp_path, here, monkeypatch):
     code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "whole")
     assert code == 0, err
     whole = numbers(tmp_path / "whole")
-    assert whole["method"] == "finetune" and whole["lr"] == common.RATES[own[1]]
+    assert whole["method"] == "finetune"
     kept = common.save_whole
 
     def killed(path, content):
@@ -176,6 +217,8 @@ def test_a_run_is_one_like_any_other(own, words, tmp_path, here, monkeypatch):
     (["--ratio", "0.5"], "are for --train adapter"),
     (["--train", "bias", "--adapters", "shared"], "are for --train adapter"),
     (["--train", "adapter", "--ratio", "0"], "above 0 and up to 1"),
+    (["--train", "bias", "--n-ctx", "4"], "--n-ctx is for prompts"),
+    (["--schedule", "constant"], "--schedule is for --train bias and adapter"),
     (["--train", "adapter", "--adapters", "shared", "--single-task"], "leave one of them out")])
 def test_settings_that_contradict_each_other(own, says, words, tmp_path, here):
     code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "run")

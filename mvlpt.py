@@ -43,8 +43,7 @@ Choices the paper leaves open
   U^ = FFN(LN(U')) + LN(U').
 - Prompts start at N(0, 0.02), the text's as in CoOp, the images' too (the authors' program:
   uniform, 1.8 times as wide); maps and block as PyTorch makes them. Without stage 1 all targets
-  start from the same random prompt. Under `vpt` the text is "a photo of a [class]" whatever the
-  dataset.
+  start from the same random prompt. Under `vpt` the text is "a photo of a [class]" on all datasets.
 - Adam without weight decay. The warm-up epoch has CoOp's constant rate, 1e-5.
 - A step takes a batch (of 32) of every task, and the loss is the sum of the tasks', each over its
   own classes; an epoch is as long as the largest task needs.

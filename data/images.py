@@ -99,8 +99,7 @@ def read_array(array):
 
 
 def read_tile(item):
-    """A drawing of the built-in benchmark: (sheet, number) -> 64 x 64 image; 40 drawings per
-    row."""
+    """A drawing of the built-in benchmark: (sheet of 40 in a row, number) -> 64 x 64 image."""
     sheet, number = item
     left, top = number % 40 * 64, number // 40 * 64
     return _sheet(sheet).crop((left, top, left + 64, top + 64))

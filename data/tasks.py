@@ -85,8 +85,7 @@ def check_names(listing):
 
 
 def divide(listing, split, shots, seed):
-    """The Task of a listing, its images drawn class by class from the seed and the listing's
-    draw."""
+    """The Task of a listing; images are drawn per class, from the seed and the listing's draw."""
     train, test, taken = [], [], []
     for label, items in enumerate(listing.items):
         order = list(range(len(items)))

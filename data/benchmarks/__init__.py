@@ -72,8 +72,7 @@ def chosen(benchmark, listings, patterns):
 
 
 def download(names, root):
-    """Fetch benchmarks that torchvision can fetch; refuses before the first what is not to be
-    had."""
+    """Download benchmarks by torchvision; rejects what it cannot download before the first."""
     names = [name.split(":")[0] for name in names]
     for name in names:
         if name not in DOWNLOADS:

@@ -172,8 +172,7 @@ def aircraft(folder):
 
 
 def imagenet(folder):
-    """ImageNet's `images/{train,val}/n01440764/*.JPEG`; a line of `classnames.txt` is
-    `n01440764 tench`."""
+    """ImageNet: `images/{train,val}/n01440764/*.JPEG`, `classnames.txt` with `n01440764 tench`."""
     lines = [line.strip().split(" ", 1) for line in read_lines(folder / "classnames.txt")]
     names, parts = dict(line for line in lines if len(line) == 2), {}
     for part, place in dict(train="train", test="val").items():

@@ -22,8 +22,7 @@ def plain(name):
 
 
 def printable(name):
-    """A name from the file system in Unicode's normal form NFC, bytes that are no UTF-8
-    replaced."""
+    """A name of the file system in normal form NFC; bytes that are not UTF-8 are replaced."""
     text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return unicodedata.normalize("NFC", text)
 
@@ -111,8 +110,7 @@ def read_lines(path):
 
 
 def check_there(paths, source):
-    """Refuse a list that names absent images; every folder is read once, and no image is
-    touched."""
+    """Reject a list that names absent images; reads every folder once and opens no image."""
     wanted = {}
     for path in paths:
         folder, _, file = path.rpartition("/")

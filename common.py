@@ -16,6 +16,7 @@ import csv
 import errno
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -750,7 +751,7 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
 
     def read(default):
         return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=argv, default=default,
-                        description=doc, prog=script_of(Args.method))
+                        description=inspect.cleandoc(doc or ""), prog=script_of(Args.method))
 
     args = _absolute(read(Args()))
     if args.resume and args.eval:
@@ -1725,7 +1726,7 @@ class ZeroShotArgs(BaselineArgs):
 def _command(name, Args, argv):
     """The settings of a command, by tyro."""
     return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=list(argv), prog=f"common.py {name}",
-                    description=Args.__doc__)
+                    description=inspect.cleandoc(Args.__doc__))
 
 
 def _checked_out(out):

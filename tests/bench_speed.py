@@ -32,8 +32,8 @@ from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
 
-METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt cocoop proda".split()
-ALONE = {"cocoop", "proda"}  # of coop_mt.py, trained on one task
+METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
+ALONE = ["cocoop", "proda"]  # of coop_mt.py, trained on one task
 FROZEN = {"coop_mt", "hipro", *ALONE}  # the image encoder is not trained through
 ONE_PHASE = dict(
     cocoop=dict(conditional=True, single_task=True),
@@ -268,7 +268,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument("--method", choices=METHODS + ALONE, nargs="+",
+                        default=METHODS + ALONE)
     parser.add_argument("--clip", choices=["tiny", "ViT-B/16"], default="ViT-B/16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)

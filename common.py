@@ -1927,9 +1927,9 @@ class FinetuneArgs(Args):
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # of SGD: Dassl's defaults
 TUNED = dict(                           # settings of the built-in backbone
-    all=dict(epochs=5, lr=3e-5),
-    bias=dict(epochs=10, lr=0.003),
-    adapter=dict(epochs=15, lr=0.03, views=8))
+    all=dict(epochs=5, lr=9e-5),
+    bias=dict(epochs=10, lr=0.001),
+    adapter=dict(epochs=15, lr=0.09, views=8))
 
 
 def finetune_own(args):

@@ -1,0 +1,293 @@
+"""Each paper's claim where it must hold if the mechanism works: tasks that are made to fit it.
+
+    python tests/claims.py mmap             # or hipro, mvlpt, jscpt-noise, jscpt-patch
+    python tests/claims.py mmap --seeds 1 2 3 4 5 --out figures     # also mmap.json and mmap.png
+
+The tasks are cut from the built-in benchmark: its four styles, the classes with the most drawings,
+6 training images per class; scores are on all test drawings of these classes. Prints, for every
+quantity, its mean over the seeds and the standard error. What was found is in data/README.md.
+
+mmap, hipro: two families of tasks whose gradients conflict. Family A is the four styles, family B
+    the same drawings under class names that are shifted by one. The groups found must be the
+    families, and prompts shared in them beat those of one group or of random groups. MmAP's have no
+    task-specific prompts beside them, which would repair a wrong group.
+mvlpt: eight tasks, two styles by four namings: in each half of the classes the names are true or
+    shifted by one. The more class names two tasks share, the better the prompt of one must transfer
+    to the other: Spearman's rank correlation between the share and transferability.
+jscpt-noise: the training labels of one task are shuffled. Its weight phi must fall below the
+    others', and the others lose less with the schedule than without.
+jscpt-patch: on the training and development images of every class a patch in a colour of its own
+    gives the class away; no test image has one. The causal effect, Eq. (4), must rise more than
+    without the patches.
+"""
+import json
+import random
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from data import Images, load_tasks  # noqa: E402
+
+COLOURS = "red lime blue yellow magenta cyan orange black".split()
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+def largest_classes(n):
+    """The n class names of `emoji` with the most drawings."""
+    task = load_tasks("emoji", shots=6)[0]
+    labels = task.train.labels + task.test.labels
+    order = sorted(range(len(task.class_names)), key=lambda k: -labels.count(k))
+    return [task.class_names[k] for k in order[:n]]
+
+
+def restricted(task, names):
+    """A task with some of its classes only."""
+    numbers = {task.class_names.index(name): k for k, name in enumerate(names)}
+
+    def part(images):
+        own = images.subset([i for i, k in enumerate(images.labels) if k in numbers])
+        own.labels = [numbers[k] for k in own.labels]
+        return own
+
+    return replace(task, class_names=list(names), train=part(task.train), test=part(task.test))
+
+
+def styles(seed, n_classes):
+    """The four styles as tasks of the n largest classes."""
+    names = largest_classes(n_classes)
+    return [restricted(task, names) for task in load_tasks("emoji", shots=6, seed=seed)]
+
+
+def families(seed, n_classes=4):
+    """[A's four tasks, B's four tasks]: B has the drawings of A under shifted class names."""
+    tasks = styles(seed, n_classes)
+    names = tasks[0].class_names
+    shifted = [replace(task, name=f"B {task.name}", class_names=names[1:] + names[:1],
+                       train=task.train.subset(range(len(task.train))))
+               for task in tasks]
+    return [replace(task, name=f"A {task.name}") for task in tasks] + shifted
+
+
+def sharing(seed, n_classes=8):
+    """(eight tasks, the share of class names that each two agree in).
+
+    Two styles, and in each half of the classes the true names or names that are shifted by one.
+    """
+    names, half = largest_classes(n_classes), n_classes // 2
+    halves = [(part, part[1:] + part[:1]) for part in (names[:half], names[half:])]
+    found = []
+    for task in load_tasks("emoji:Noto+Fluent", shots=6, seed=seed):
+        task = restricted(task, names)
+        for one in halves[0]:
+            for other in halves[1]:
+                found.append(replace(task, name=f"{task.name} {len(found)}",
+                                     class_names=one + other))
+    agree = [[sum(x == y for x, y in zip(a.class_names, b.class_names)) / n_classes for b in found]
+             for a in found]
+    return found, torch.tensor(agree)
+
+
+def shuffled(task, seed):
+    """A task whose training labels mean nothing."""
+    labels = list(task.train.labels)
+    random.Random(seed).shuffle(labels)
+    return replace(task, train=Images(task.train.items, labels, task.train.read))
+
+
+def patched(task):
+    """A task with a patch in the colour of its class on every training image."""
+    colour = {i: COLOURS[label] for i, label in enumerate(task.train.labels)}
+
+    def read(i):
+        image = task.train.read(task.train.items[i]).copy()
+        w, h = image.size
+        image.paste(colour[i], (0, 0, w // 3, h // 3))
+        return image
+
+    return replace(task, train=Images(range(len(task.train)), task.train.labels, read))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+class Training:
+    """Stands in for a run folder: keeps the means of what each epoch logs."""
+
+    def __init__(self, seed):
+        self.seed, self.rows, self.values = seed, [], {}
+
+    def seed_phase(self, phase):
+        common.seed_everything(self.seed, phase)
+
+    def epochs(self, phase, n, **parts):
+        for epoch in range(n):
+            common.seed_everything(self.seed, phase, epoch)
+            self.values = {}
+            yield epoch
+            self.rows.append({name: torch.stack(values).double().mean(dim=0)
+                              for name, values in self.values.items()})
+
+    def log(self, **values):
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(torch.as_tensor(value).detach())
+
+
+def settings(name, seed, **changes):
+    """A method's settings at `tiny`."""
+    method = common.load_method(name)
+    usual = dict(method.TINY, clip="tiny", shots=6, seeds=(seed,), device="cpu", workers=0)
+    return replace(method.Args(), **dict(usual, **changes))
+
+
+def trained(name, seed, model, tasks, **changes):
+    """(scores, rows of epochs) of a method on tasks."""
+    method, run, args = common.load_method(name), Training(seed), settings(name, seed, **changes)
+    return method.score(args, model, tasks, method.train(args, model, tasks, run)), run.rows
+
+
+def mean(scores, which=slice(None)):
+    return statistics.mean(scores["accuracy"][which])
+
+
+# ------------------------------------------------------------------- claims: seed -> {name: number}
+
+def mmap(seed, model):
+    """Accuracy by grouping, and 1 where the groups are the families."""
+    found = {}
+    for grouping in ("gradient", "all", "random"):
+        scores, _ = trained("mmap", seed, model, families(seed), grouping=grouping, specific=False)
+        found[grouping] = mean(scores)
+        if grouping == "gradient":
+            groups = {frozenset(name[0] for name in group) for group in scores["groups"]}
+            found["groups are families"] = float(groups == {frozenset("A"), frozenset("B")})
+    found["gradient - all"] = found["gradient"] - found["all"]
+    found["gradient - random"] = found["gradient"] - found["random"]
+    return found
+
+
+def hipro(seed, model):
+    """Accuracy by tree, and 1 where the top split of the tree is the families."""
+    found = {}
+    for grouping in ("tree", "shared+individual", "random"):
+        scores, _ = trained("hipro", seed, model, families(seed), grouping=grouping, epochs=30)
+        found[grouping] = mean(scores)
+        if grouping == "tree":
+            top = {frozenset(name[0] for name in node) for node in scores["nodes"][-3:-1]}
+            found["top split is families"] = float(top == {frozenset("A"), frozenset("B")})
+    found["tree - shared+individual"] = found["tree"] - found["shared+individual"]
+    found["tree - random"] = found["tree"] - found["random"]
+    return found
+
+
+def mvlpt(seed, model):
+    """Spearman's rank correlation of what two tasks share with transferability."""
+    method, (tasks, shared) = common.load_method("mvlpt"), sharing(seed)
+    args, run = settings("mvlpt", seed, epochs=20, source="none"), Training(seed)
+    prompts = method.build(args, model, tasks)
+    tasks = method.with_held_out(tasks, seed)
+    rows = []
+    for i, task in enumerate(tasks):
+        best = method.learn(args, model, run, f"alone {i}", [task], prompts.source, args.epochs,
+                            keep=[[0]])
+        rows.append(method.accuracies(args, model, tasks, [one.test for one in tasks],
+                                      best.prompts[0]))
+    transfer = method.transferability(torch.stack(rows))
+    pairs = ~torch.eye(len(tasks), dtype=torch.bool)
+    found = {"rank correlation": spearman(shared[pairs], transfer[pairs])}
+    for level in sorted(set(shared[pairs].tolist())):
+        found[f"transfer, sharing {level:.1f}"] = transfer[pairs & (shared == level)].mean().item()
+    return found
+
+
+def spearman(x, y):
+    """The correlation of ranks; equal values share their mean rank."""
+    def ranks(values):
+        values = values.double()
+        below = (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
+        return below - below.mean()
+    a, b = ranks(x), ranks(y)
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+LONG = dict(epochs=20, upper_every=2)       # 4 classes have 3 steps an epoch
+
+
+def jscpt_noise(seed, model):
+    """phi of the task with shuffled labels and of the others; the others' accuracy."""
+    off = dict(prompt_schedule=False, task_schedule=False)
+    tasks = styles(seed, 4)
+    noisy = [shuffled(tasks[0], seed), *tasks[1:]]
+    scores, _ = trained("jscpt", seed, model, noisy, **LONG)
+    plain, _ = trained("jscpt", seed, model, noisy, **LONG, **off)
+    phi = scores["phi"]
+    return {"phi of the others - noisy one": statistics.mean(phi[1:]) - phi[0],
+            "phi, noisy": phi[0], "phi, others": statistics.mean(phi[1:]),
+            "others' accuracy": mean(scores, slice(1, None)),
+            "with - without schedule": mean(scores, slice(1, None)) - mean(plain, slice(1, None))}
+
+
+def jscpt_patch(seed, model):
+    """How much the causal effect rises from the first to the last epoch, with and without patches.
+    """
+    tasks, found = styles(seed, 4), {}
+    for name, own in dict(patched=[patched(task) for task in tasks], plain=tasks).items():
+        scores, rows = trained("jscpt", seed, model, own, **LONG)
+        effects = [row["effect"].mean().item() for row in rows if "effect" in row]
+        found[f"rise, {name}"] = effects[-1] - effects[0]
+        found[f"accuracy, {name}"] = mean(scores)
+    found["rise, patched - plain"] = found["rise, patched"] - found["rise, plain"]
+    return found
+
+
+CLAIMS = {"mmap": mmap, "hipro": hipro, "mvlpt": mvlpt, "jscpt-noise": jscpt_noise,
+          "jscpt-patch": jscpt_patch}
+
+
+def measured(claim, seeds):
+    """{quantity: a number per seed} of a claim."""
+    model, _ = common.load_clip("tiny")
+    rows = [CLAIMS[claim](seed, model) for seed in seeds]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def standard_error(values):
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+@dataclass
+class Claim:
+    """One controlled experiment."""
+
+    claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    out: str | None = None  # folder for CLAIM.json and CLAIM.png
+
+
+def main():
+    args = tyro.cli(Claim, description=__doc__)
+    found = measured(args.claim, args.seeds)
+    for name, values in found.items():
+        numbers = " ".join(f"{x:.3g}" for x in values)
+        print(f"{name:32} {statistics.mean(values):8.3f} ± {standard_error(values):.3f}   "
+              f"({numbers})")
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        common.write_whole(out / f"{args.claim}.json", json.dumps(found, indent=1))
+        figure, axes = common.pyplot().subplots(figsize=(6, 0.5 + 0.4 * len(found)))
+        axes.barh(list(found), [statistics.mean(x) for x in found.values()],
+                  xerr=[standard_error(x) for x in found.values()])
+        axes.invert_yaxis()
+        axes.set_title(f"{args.claim}, seeds {' '.join(map(str, args.seeds))}")
+        common.save_figure(figure, out / f"{args.claim}.png", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

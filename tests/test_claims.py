@@ -1,0 +1,77 @@
+"""The controlled experiments of claims.py: how their tasks are made, and that the claims hold."""
+import statistics
+
+import claims
+import pytest
+import torch
+
+
+def test_family_b_has_the_drawings_of_a_under_shifted_names():
+    tasks = claims.families(1)
+    for a, b in zip(tasks[:4], tasks[4:]):
+        assert b.name == f"B {a.name[2:]}" and a.train.items == b.train.items
+        for label in range(4):
+            assert b.class_names[label] == a.class_names[(label + 1) % 4]
+        assert set(a.train.labels) == set(a.test.labels) == {0, 1, 2, 3}
+        assert not set(map(str, a.train.items)) & set(map(str, a.test.items))
+
+
+def test_what_two_tasks_share_is_counted_by_name():
+    tasks, agree = claims.sharing(1)
+    assert len(tasks) == 8 and agree.diagonal().tolist() == [1.0] * 8
+    assert agree[0].tolist() == [1, 0.5, 0.5, 0, 1, 0.5, 0.5, 0]
+
+
+def test_a_shuffled_task_keeps_its_images_and_the_number_of_each_label():
+    [task, *_] = claims.styles(1, 4)
+    noisy = claims.shuffled(task, 1)
+    assert noisy.train.items == task.train.items and noisy.test is task.test
+    assert sorted(noisy.train.labels) == sorted(task.train.labels) != noisy.train.labels
+    agree = [a == b for a, b in zip(noisy.train.labels, task.train.labels)]
+    assert statistics.mean(agree) < 0.6
+
+
+def test_a_patch_has_the_colour_of_its_class_and_is_on_training_images_alone():
+    [task, *_] = claims.styles(1, 4)
+    patched = claims.patched(task)
+    for i in range(len(task.train)):
+        (before, label), (after, same) = task.train[i], patched.train[i]
+        assert label == same and after.size == before.size
+        assert after.getpixel((2, 2)) == [(255, 0, 0), (0, 255, 0), (0, 0, 255),
+                                          (255, 255, 0)][label]
+        assert after.getpixel((60, 60)) == before.getpixel((60, 60))
+    assert patched.test is task.test
+
+
+def test_spearmans_correlation_by_hand():
+    """Ranks 1 2 3 4 and 2 1 4 3: 1 - 6 * 4 / (4 * 15); ties share their mean rank."""
+    x = torch.tensor([1.0, 2.0, 5.0, 9.0])
+    assert claims.spearman(x, torch.tensor([3.0, 1.0, 8.0, 7.0])) == pytest.approx(0.6)
+    assert claims.spearman(x, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.894, abs=1e-3)
+
+
+def holds(values):
+    """Whether the mean is above 0 by more than two standard errors."""
+    return statistics.mean(values) > 2 * claims.standard_error(values)
+
+
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@pytest.mark.slow
+def test_mmaps_groups_are_the_families_and_beat_one_group_and_random_groups():
+    found = claims.measured("mmap", SEEDS)
+    assert statistics.mean(found["groups are families"]) > 0.7
+    assert holds(found["gradient - all"]) and holds(found["gradient - random"])
+
+
+@pytest.mark.slow
+def test_hipros_tree_splits_the_families_and_beats_random_trees_and_no_tree():
+    found = claims.measured("hipro", SEEDS)
+    assert statistics.mean(found["top split is families"]) > 0.7
+    assert holds(found["tree - shared+individual"]) and holds(found["tree - random"])
+
+
+@pytest.mark.slow
+def test_mvlpts_prompts_transfer_better_the_more_names_two_tasks_share():
+    assert holds(claims.measured("mvlpt", SEEDS)["rank correlation"])

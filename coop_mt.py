@@ -100,7 +100,7 @@ def own(args):
 def tiny(args):
     """The settings of the built-in backbone."""
     if args.conditional:
-        return dict(epochs=3, lr=0.01, batch_size=4, min_crop=0.6)
+        return dict(epochs=3, lr=0.003, batch_size=4, min_crop=0.6)
     return dict(epochs=15, lr=0.03, batch_size=16, min_crop=0.6, views=8)
 
 

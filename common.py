@@ -1497,7 +1497,7 @@ def gather(settings, tasks, model, finished):
     result.update(
         seeds=list(settings["seeds"]),
         tasks=names,
-        metrics={task.name: task.metric for task in tasks},
+        metrics={task.name: getattr(task.metric, "__name__", task.metric) for task in tasks},
         zero_shot={
             n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)
         },
@@ -1983,8 +1983,9 @@ def train_weights(args, model, tasks, run):
     weights = build_weights(args, model, tasks)
     texts = Texts(tasks, templates=True).to(model.logit_scale.device)
     frozen = args.train == "adapter"
-    optimizer, schedule = sgd(args, weights, MOMENTUM, WEIGHT_DECAY)
-    if args.train == "all":
+    if args.train != "all":
+        optimizer, schedule = sgd(args, weights, MOMENTUM, WEIGHT_DECAY)
+    else:
         optimizer = torch.optim.AdamW(weights.parameters(), args.lr, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     w = encode_text(model, texts.tokens) if frozen else None                    # [C, D], fixed

@@ -15,7 +15,8 @@ mvlpt: eight tasks, two styles by four namings: in each half of the classes the 
     shifted by one. The more class names two tasks share, the better the prompt of one must transfer
     to the other: Spearman's rank correlation between the share and transferability.
 jscpt-noise: the training labels of one task are shuffled. Its weight phi must fall below the
-    others', and the others lose less with the schedule than without.
+    others', and the others lose less with the schedule than without. The development set has right
+    labels: 4 images per class that are neither trained nor tested on (`--dev-shots 4`).
 jscpt-patch: on the training and development images of every class a patch in a colour of its own
     gives the class away; no test image has one. The causal effect, Eq. (4), must rise more than
     without the patches.
@@ -222,10 +223,11 @@ LONG = dict(epochs=20, upper_every=2)       # 4 classes have 3 steps an epoch
 def jscpt_noise(seed, model):
     """phi of the task with shuffled labels and of the others; the others' accuracy."""
     off = dict(prompt_schedule=False, task_schedule=False)
-    tasks = styles(seed, 4)
+    method, own = common.load_method("jscpt"), dict(LONG, dev_shots=4)
+    tasks = method.set_aside(settings("jscpt", seed, **own), styles(seed, 4), seed)
     noisy = [shuffled(tasks[0], seed), *tasks[1:]]
-    scores, _ = trained("jscpt", seed, model, noisy, **LONG)
-    plain, _ = trained("jscpt", seed, model, noisy, **LONG, **off)
+    scores, _ = trained("jscpt", seed, model, noisy, **own)
+    plain, _ = trained("jscpt", seed, model, noisy, **own, **off)
     phi = scores["phi"]
     return {"phi of the others - noisy one": statistics.mean(phi[1:]) - phi[0],
             "phi, noisy": phi[0], "phi, others": statistics.mean(phi[1:]),

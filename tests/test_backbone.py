@@ -108,6 +108,14 @@ def test_a_linear_probe_gains_so_there_is_something_to_learn(tiny):
     assert min(gains) > 2
 
 
+def test_pretraining_reads_short_texts_as_common_does(small):
+    pretrain = script("pretrain_tiny")
+    tokens = pretrain.tokenize(["a drawing of a cup.", "a hat"], 20)
+    found = pretrain.encode_text(small, tokens)
+    assert found.shape == (2, 32)
+    assert (found - common.encode_text(small, tokens)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("change", ["another family", "inside of a dict"])
 def test_a_checkpoint_of_another_family_is_refused_with_what_is_accepted(tmp_path, change):
     state = random_clip(**TINY).state_dict()

@@ -36,7 +36,9 @@ def test_a_printed_average_is_that_of_its_rows_but_for_three_that_the_papers_pri
     no more."""
     found, checked = {}, 0
     for c in COLUMNS:
-        numbers = {task: Decimal(printed.split(" ± ")[0]) for task, printed in c["results"].items()}
+        numbers = {
+            task: Decimal(printed.split(" ± ")[0]) for task, printed in c["results"].items()
+        }
         average, rows = numbers.pop("average"), list(numbers.values())
         if rows and c["data"] != "elevater12":  # MVLPT prints 11 of its 12 tasks
             assert len(rows) == N_TASKS[c["data"]]

@@ -3,10 +3,10 @@
     python tests/tune.py --out runs/tune                        # all methods, seeds 1 to 5
     python tests/tune.py --out runs/tune --only mmap --seeds 1 2 3
 
-Around the settings that a file has for `tiny`, learning rates of a third, once and three times, and
-epochs once and half as many, are tried with `--validate`: 20% of the training images of `emoji`, 6
-shots, are held out and scored. No test image takes part. What has finished is not run again. Prints
-a table in Markdown, the best of each row in bold, as data/README.md shows it.
+Learning rates of a third, once and three times the middle one of METHODS, and the file's epochs and
+half as many, are tried with `--validate`: 20% of the training images of `emoji`, 6 shots, are held
+out and scored. No test image takes part. What has finished is not run again. Prints a table in
+Markdown, the best of each method in bold, as data/README.md shows it.
 """
 import json
 import statistics
@@ -21,20 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-METHODS = {
-    "CoOp-MT": "coop_mt.py",
-    "CoOp": "coop_mt.py --single-task",
-    "CoCoOp": "coop_mt.py --single-task --conditional",
-    "ProDA": "coop_mt.py --single-task --proda 2",
-    "VPT-MT": "vpt_mt.py",
-    "MaPLe-MT": "maple_mt.py",
-    "MVLPT": "mvlpt.py",
-    "HiPro": "hipro.py",
-    "MmAP": "mmap.py",
-    "JSCPT": "jscpt.py",
-    "full fine-tuning": "common.py finetune",
-    "BitFit": "common.py finetune --train bias",
-    "CLIP-Adapter": "common.py finetune --train adapter",
+METHODS = {                             # the command, and the middle of the learning rates
+    "CoOp-MT": ("coop_mt.py", 0.03),
+    "CoOp": ("coop_mt.py --single-task", 0.03),
+    "CoCoOp": ("coop_mt.py --single-task --conditional", 0.003),
+    "ProDA": ("coop_mt.py --single-task --proda 2", 0.03),
+    "VPT-MT": ("vpt_mt.py", 0.03),
+    "MaPLe-MT": ("maple_mt.py", 0.03),
+    "MVLPT": ("mvlpt.py", 0.002),
+    "HiPro": ("hipro.py", 0.03),
+    "MmAP": ("mmap.py", 0.1),
+    "JSCPT": ("jscpt.py", 0.005),
+    "full fine-tuning": ("common.py finetune", 3e-5),
+    "BitFit": ("common.py finetune --train bias", 0.003),
+    "CLIP-Adapter": ("common.py finetune --train adapter", 0.03),
 }
 FACTORS = (1 / 3, 1.0, 3.0)             # of the learning rate; epochs: all and half
 
@@ -49,8 +49,8 @@ class Tune:
     lr_alone: bool = False  # all epochs only
 
 
-def usual(words):
-    """(learning rate, epochs) of a command at `tiny`."""
+def epochs_of(words):
+    """The epochs of a command at `tiny`."""
     kept, found = common.run_seeds, []
     common.run_seeds = lambda args, *rest, **named: found.append(args)
     try:
@@ -61,7 +61,7 @@ def usual(words):
             common.load_method(file.removesuffix(".py")).main(rest)
     finally:
         common.run_seeds = kept
-    return found[0].lr, found[0].epochs
+    return found[0].epochs
 
 
 def held_out(words, lr, epochs, seeds, out):
@@ -78,16 +78,16 @@ def main():
     args = tyro.cli(Tune, description=__doc__)
     print("| method | epochs | " + " | ".join(f"lr x {f:.2g}" for f in FACTORS) + " |")
     print("| --- | --- |" + " --- |" * len(FACTORS))
-    for name, command in METHODS.items():
+    for name, (command, middle) in METHODS.items():
         words = command.split()
         if args.only and not {name, words[0].removesuffix(".py")} & set(args.only):
             continue
-        lr, epochs = usual(words)
-        found = {}
+        epochs, found = epochs_of(words), {}
         for n in (epochs,) if args.lr_alone else (epochs, max(1, round(epochs / 2))):
             for factor in FACTORS:
-                rate = float(f"{factor * lr:.2g}")
+                rate = float(f"{factor * middle:.2g}")
                 out = Path(args.out).absolute() / f"{name.replace(' ', '-')}-{n}-{rate:g}"
+                out = out.with_name(f"{out.name}-seeds-{'-'.join(map(str, args.seeds))}")
                 found[n, rate] = held_out(words, rate, n, args.seeds, out)
         best = max(found, key=lambda key: statistics.mean(found[key]))
         for n in dict.fromkeys(n for n, _ in found):

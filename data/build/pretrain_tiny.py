@@ -24,7 +24,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -32,9 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import encode_image, encode_text  # noqa: E402
 
 CONCEPTS, VIEWS, EMOJI_SHARE = 96, 2, 0.65
 ANCHOR_SCALE = 20.0
@@ -84,6 +80,19 @@ def build(seed):
         transformer_layers=6,
     )
     return model.float()
+
+
+def encode_text(model, tokens):
+    """Text features [B, D] of tokens [B, T], T below the 77 that `model.encode_text` asks for."""
+    T = tokens.shape[1]
+    mask = model.transformer.resblocks[0].attn_mask[:T, :T]
+    x = (model.token_embedding(tokens) + model.positional_embedding[:T]).transpose(0, 1)
+    for block in model.transformer.resblocks:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        x = x + block.mlp(block.ln_2(x))
+    x = model.ln_final(x).transpose(0, 1)                       # [B, T, d]
+    return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
 
 
 @functools.cache
@@ -208,7 +217,7 @@ def held_out_score(model, data):
     with torch.inference_mode():
         images = augment(torch.from_numpy(data["images"][which]), None, train=False)
         x = F.normalize(
-            torch.cat([encode_image(model, b) for b in images.split(250)]).float(), dim=-1
+            torch.cat([model.encode_image(b) for b in images.split(250)]).float(), dim=-1
         )
         text = F.normalize(
             encode_text(model, tokenize([f"a drawing of a {n}." for n in names], 20)).float(),
@@ -319,7 +328,7 @@ def main():
             torch.autocast("cpu", torch.bfloat16),
             sdpa_kernel(SDPBackend.MATH),
         ):  # the fused backward is slower here
-            x, t = encode_image(model, images), encode_text(model, tokens)
+            x, t = model.encode_image(images), encode_text(model, tokens)
         x, t = F.normalize(x.float(), dim=-1), F.normalize(t.float(), dim=-1)
         logits = model.logit_scale.exp() * x @ t.t()  # [concepts * views, concepts]
         target = same / same.sum(1, keepdim=True)  # equal captions are all right

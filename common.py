@@ -1503,6 +1503,7 @@ def gather(settings, tasks, model, finished):
         },
         accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
         average=[statistics.mean(d["accuracy"]) for d in done],
+        zero_shot_average=[statistics.mean(d["zero_shot"]) for d in done],
         trainable_parameters=done[0]["trainable_parameters"],
         clip_parameters=sum(p.numel() for p in model.parameters()),
         seconds=[d["seconds"] for d in done],
@@ -2131,9 +2132,14 @@ def rows_of(result):
     zero_shot["average"] = statistics.mean(zero_shot.values())
     accuracy = {task: result["accuracy"][task] for task in result["tasks"]}
     accuracy["average"] = result["average"]
-    return [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=zero_shot[task])
+    rows = [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=zero_shot[task])
             for task, values in accuracy.items()
             for seed, value in zip(result["seeds"], values, strict=True)]
+    of_seed = dict(zip(result["seeds"], result["zero_shot_average"], strict=True))
+    for row in rows:
+        if row["task"] == "average":
+            row["zero_shot"] = float(of_seed[row["seed"]])
+    return rows
 
 
 def label(runs):

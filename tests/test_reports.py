@@ -205,6 +205,7 @@ def write_run(folder, **changes):
     )
     result.update(changes)
     result["average"] = [sum(x) / 2 for x in zip(*result["accuracy"].values())]
+    result.setdefault("zero_shot_average", [40.0] * len(result["seeds"]))
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -275,6 +276,13 @@ def test_differences_to_a_baseline_are_paired_by_seed(tmp_path, capsys):
     common.commands(["table", str(tmp_path / "runs"), "--baseline", "zero-shot"])
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert re.split("  +", last)[2:] == ["-1.8 ± 14.6", "+10.0", "+10.0"]   # 13, 12.5 and -31
+
+
+def test_zero_shot_clip_is_paired_by_seed_too(tmp_path, capsys):
+    """Averages 50 and 51.5 over zero-shot's 44 and 45.5 of the same seeds: 6 each."""
+    write_run(tmp_path / "a", zero_shot_average=[44.0, 45.5])
+    common.commands(["table", str(tmp_path), "--baseline", "zero-shot"])
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("  +6.0 ± 0.0")
 
 
 def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, capsys):

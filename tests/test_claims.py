@@ -1,4 +1,5 @@
 """The controlled experiments of claims.py: how their tasks are made, and that the claims hold."""
+import json
 import statistics
 
 import claims
@@ -48,6 +49,25 @@ def test_spearmans_correlation_by_hand():
     x = torch.tensor([1.0, 2.0, 5.0, 9.0])
     assert claims.spearman(x, torch.tensor([3.0, 1.0, 8.0, 7.0])) == pytest.approx(0.6)
     assert claims.spearman(x, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.894, abs=1e-3)
+
+
+def test_the_figure_has_a_panel_for_every_claim_that_was_measured(tmp_path, monkeypatch):
+    """The bars are means, their lines standard errors: of 1 and 3 that is 2 ± 1."""
+    plt = claims.common.pyplot()
+    monkeypatch.setattr(plt, "close", lambda *figures: None)
+    for claim in ("mmap", "jscpt-noise"):
+        found = {name: [1.0, 3.0] for name in claims.PANELS[claim][2].values()}
+        (tmp_path / f"{claim}.json").write_text(json.dumps(found))
+    claims.plot(tmp_path)
+    assert (tmp_path / "claims.png").stat().st_size > 1000
+    axes = plt.gcf().axes
+    assert [axis.get_title().split(":")[0] for axis in axes] == ["MmAP", "JSCPT"]
+    assert [len(axis.patches) for axis in axes] == [3, 2]
+    assert {bar.get_height() for axis in axes for bar in axis.patches} == {2.0}
+    lines = axes[0].collections[0].get_segments()
+    assert [(float(low), float(high)) for (_, low), (_, high) in lines] == [(1.0, 3.0)] * 3
+    monkeypatch.undo()
+    plt.close("all")
 
 
 def holds(values):

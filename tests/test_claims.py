@@ -95,3 +95,8 @@ def test_hipros_tree_splits_the_families_and_beats_random_trees_and_no_tree():
 @pytest.mark.slow
 def test_mvlpts_prompts_transfer_better_the_more_names_two_tasks_share():
     assert holds(claims.measured("mvlpt", SEEDS)["rank correlation"])
+
+
+@pytest.mark.slow
+def test_jscpts_schedule_gives_the_task_with_shuffled_labels_less_weight():
+    assert holds(claims.measured("jscpt-noise", SEEDS)["phi of the others - noisy one"])

@@ -24,15 +24,13 @@ Choices the papers leave open
 - b = 16 in all 12 layers: 4,826,112 parameters, the 4.8 M of MmAP's and JSCPT's tables. MaPLe's own
   9 layers of 2 (3,555,072) are flags.
 - Text prompts start at N(0, 0.02), the maps as PyTorch's linear layers do, each drawn by itself
-(the
-  authors' deeper maps start as copies of one). With b up to 4 the first layer's start at the words
-  "a photo of a", cut to b, as in the authors' program.
+  (the authors' deeper maps start as copies of one). With b up to 4 the first layer's start at the
+  words "a photo of a", cut to b, as in the authors' program.
 - The first layer's image prompts pass through `ln_pre`, as in the authors' program; deeper ones
   enter as they are.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs
-run),
-  and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is
-  `--schedule constant`.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
+  programs run), and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning
+  rate is `--schedule constant`.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
   cycle. Fresh views every epoch.
 """

@@ -42,9 +42,8 @@ Choices the paper leaves open
 - Random groups are as even as can be. `--prompt` replaces the MmAPs of the main training: `joint`
   trains text and image prompts without a link, `mlp` makes both of a [b, 256] source by a linear
   map per modality and layer (3.96 M per set at b = 4, the paper's number).
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs
-run),
-  and a cosine that steps once an epoch, without warm-up. Fresh views every epoch.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
+  programs run), and a cosine that steps once an epoch, without warm-up. Fresh views every epoch.
 """
 import math
 import random

@@ -24,10 +24,9 @@ Choices the papers leave open
 - N(0, 0.02) to start from, as for text prompts. Layer 0's prompts enter behind `ln_pre` and have no
   positional embedding.
 - No head is trained, unlike in the VPT paper: CLIP's text features are the classifier.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors' programs
-run),
-  and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is
-  `--schedule constant`.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
+  programs run), and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning
+  rate is `--schedule constant`.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
   cycle. Fresh views every epoch.
 """

@@ -223,25 +223,49 @@ def _text_layer(block, x, S, P, C, set_of, mask, eos):
     v_prefix = _heads(v[:S * P].unflatten(0, (S, P)), attention)
     q_own, k_own, v_own = (_heads(part.unflatten(0, (C, -1)), attention)        # [C, h, t, d/h]
                            for part in (q_own, k[S * P:], v[S * P:]))
-    groups = S
     k_shared, v_shared = k_prefix, v_prefix
     if set_of is not None:
-        k_shared, v_shared, groups = k_prefix[set_of], v_prefix[set_of], C
+        k_shared, v_shared = k_prefix[set_of], v_prefix[set_of]
     q_own = q_own * q_own.shape[-1] ** -0.5
-    h, t = q_own.shape[1:3]
-    q_rows = q_own.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)     # [S, h, C/S*t, d/h]
-    to_prefix = (q_rows @ k_shared.transpose(-1, -2)).unflatten(2, (-1, t)).transpose(1, 2)
+    t = q_own.shape[2]
+
+    def per_prefix(x):      # [C, h, t, e] -> [S, h, C/S*t, e]: the texts of a prefix in a row
+        return x.unflatten(0, (len(k_shared), -1)).transpose(1, 2).flatten(2, 3)
+
+    def per_text(x):        # and back
+        return x.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
+
+    to_prefix = per_text(per_prefix(q_own) @ k_shared.transpose(-1, -2))        # [C, h, t, P]
     to_own = q_own @ k_own.transpose(-1, -2) + mask                             # [C, h, t, t]
-    scores = torch.cat([to_prefix.flatten(0, 1), to_own], dim=-1).softmax(dim=-1).to(v.dtype)
-    from_prefix = (
-        scores[..., :P].unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3) @ v_shared
-    )
-    from_prefix = from_prefix.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
+    scores = torch.cat([to_prefix, to_own], dim=-1).softmax(dim=-1).to(v.dtype)
+    from_prefix = per_text(per_prefix(scores[..., :P]) @ v_shared)              # [C, h, t, d/h]
     own = (from_prefix + scores[..., P:] @ v_own).transpose(1, 2).flatten(2).flatten(0, 1)
     if eos is None:
         prefix = _fused_attention(q_prefix, k_prefix, v_prefix, causal=True)
         own = torch.cat([prefix.transpose(1, 2).flatten(2).flatten(0, 1).to(own.dtype), own])
     return _mlp(block, x + attention.out_proj(own))
+
+
+def _sets_of(layers, sets, C):
+    """(prompts [L, S, n, d] of the S sets that some text takes, the set of each of C texts, the
+    texts in the order of their sets); arguments as those of `encode_text`."""
+    if len(layers) and layers.ndim == 3:
+        layers = layers[:, None]
+    S = layers.shape[1] if len(layers) else 1
+    if S == 1:
+        set_list = [0] * C
+    elif sets is None:
+        set_list = list(range(C))
+    else:
+        set_list = sets.tolist() if torch.is_tensor(sets) else list(sets)
+    if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
+        raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
+                         f"{C} texts")
+    used = sorted(set(set_list))
+    if len(used) < S:
+        layers = layers[:, used]
+        set_list = [used.index(s) for s in set_list]
+    return layers, set_list, sorted(range(C), key=set_list.__getitem__)
 
 
 def encode_text(model, tokens, prompts=None, sets=None):
@@ -265,24 +289,9 @@ def encode_text(model, tokens, prompts=None, sets=None):
     if len(layers) > len(blocks) or n > T - 2:
         raise ValueError(f"{len(layers)} layers of {n} prompts do not fit "
                          f"{len(blocks)} layers and {T} tokens")
-    if len(layers) and prompts.ndim == 3:
-        layers = prompts[:, None]
+    layers, set_list, order = _sets_of(layers, sets, C)
     S, P = layers.shape[1] if len(layers) else 1, 1 + n
-    if S == 1:
-        set_list = [0] * C
-    elif sets is None:
-        set_list = list(range(C))
-    else:
-        set_list = sets.tolist() if torch.is_tensor(sets) else list(sets)
-    if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
-        raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
-                         f"{C} texts")
-    used = Counter(set_list)
-    if len(used) < S:                       # only the sets that some text takes
-        layers, place = layers[:, sorted(used)], {s: i for i, s in enumerate(sorted(used))}
-        set_list, S = [place[s] for s in set_list], len(used)
-    order = sorted(range(C), key=set_list.__getitem__)
-    even = len(set(used.values())) == 1
+    even = len(set(Counter(set_list).values())) == 1
     set_of = None if even else torch.tensor([set_list[i] for i in order], device=device)
     tokens = tokens.to(device)
     if order != list(range(C)):
@@ -482,14 +491,17 @@ def batches(args, model, tasks, frozen=False):
         return
     kept = []
     for t, images in enumerate(lists):
-        key = (id(model), t, seed, size, args.views, args.min_crop, augment[t])
-        if getattr(images, "view_features", (None,))[0] != key:
+        key = (t, seed, size, args.views, args.min_crop, augment[t],
+               getattr(model, "precision", "auto"))
+        kept_for, kept_key, features = getattr(images, "view_features", (None, None, None))
+        if kept_for is not model or kept_key != key:
             every = [(t, i, view) for i in range(len(images)) for view in range(args.views)]
             chunks = [every[k:k + 100] for k in range(0, len(every), 100)]
             with torch.no_grad():
                 x = [encode_image(model, chunk) for chunk, _, _ in rendered(lists, chunks)]
-            images.view_features = key, torch.cat(x).unflatten(0, (-1, args.views))
-        kept.append(images.view_features[1])                                    # [n, views, D]
+            features = torch.cat(x).unflatten(0, (-1, args.views))              # [n, views, D]
+            images.view_features = model, key, features
+        kept.append(features)
     for step in steps:
         yield (torch.stack([kept[t][i, view] for t, i, view in step]),
                datasets.label_tensor([lists[t].labels[i] for t, i, _ in step]).to(device),
@@ -737,7 +749,7 @@ class Args:
 
 
 def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
-    """The settings of a run from the command line, with everything refused that cannot be.
+    """Parse flags, inherit saved settings for --resume and --eval, fill in defaults, validate.
 
     Args: a method's settings, with the paper's values as defaults; tiny: the built-in backbone's
     own, of_data: those that a paper gives a dataset, own(args): those that follow from other
@@ -749,8 +761,11 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
     flags = (re.fullmatch(r"--(?:no-)?([a-z][a-z_-]*)(=.*)?", word) for word in argv)
     given = {match[1].replace("-", "_") for match in flags if match}
 
+    # --x and --no-x each where a saved setting is the default; else only what changes the default
+    kind = Args if {"resume", "eval"} & given else tyro.conf.FlagCreatePairsOff[Args]
+
     def read(default):
-        return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=argv, default=default,
+        return tyro.cli(kind, args=argv, default=default,
                         description=inspect.cleandoc(doc or ""), prog=script_of(Args.method))
 
     args = _absolute(read(Args()))
@@ -768,12 +783,10 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
         saved = load_prompts(args.eval, Args.method)["settings"]
         saved = {key: value for key, value in saved.items() if key not in ("out", "plot")}
     else:
-        usual = dict((of_data or {}).get(args.data, {}), **(own(args) if own else {}))
-        if (
-            args.clip == "tiny"
-            or args.data.split(":")[0] in datasets.BUILT_IN
-            and "clip" not in given
-        ):
+        usual = dict((of_data or {}).get(args.data.split(":")[0], {}))
+        usual.update(own(args) if own else {})
+        built_in = datasets.built_in_shots(args.data) is not None
+        if args.clip == "tiny" or built_in and "clip" not in given:
             usual.update(_of_tiny(tiny, args), clip="tiny")
         args = _absolute(read(replace(Args(), **usual)))
     if saved:
@@ -786,16 +799,14 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
                                 "flag does not take): start another run in another --out")
         if args.eval and {"split", "shots"} & given:
             saved.update(split=None, shots=None)
-        on = {key for key in given & saved.keys() if getattr(Args, key, None) is False}
-        defaults = dict(saved, **dict.fromkeys(on, False))      # so that tyro knows the flag
-        merged = _absolute(read(replace(Args(), **defaults)))
+        merged = _absolute(read(replace(Args(), **saved)))
         for key in sorted(given & saved.keys()):
             now, then = getattr(merged, key), saved[key]
             if key not in free and now != then:
-                raise UserError(
-                    f"{owner} was started {said(key, then)}, not {said(key, now)}: leave "
-                    "the flag out, or start another run in another --out"
-                )
+                usual = getattr(Args, key, None)
+                raise UserError(f"{owner} was started {said(key, then, usual)}, not "
+                                f"{said(key, now, usual)}: leave the flag out, or start another "
+                                "run in another --out")
         args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
     _validate(args)
     return args
@@ -838,7 +849,7 @@ def _validate(args):
     """Fill in what depends on the machine and the data; raise UserError for values out of range."""
     check_clip(args.clip)
     if args.split is None and args.shots is None:
-        args.shots = datasets.BUILT_IN.get(args.data.split(":")[0])
+        args.shots = datasets.built_in_shots(args.data)
         if args.shots is None:
             if not args.download:
                 datasets.find_listings(args.data, args.root)    # tells of a misspelt name first
@@ -876,11 +887,13 @@ def checked_device(device):
     return device
 
 
-def said(key, value):
+def said(key, value, default=None):
     """A setting in words: "with --n-ctx 4", "without --shots", "with --no-specific"."""
     flag = f"--{key.replace('_', '-')}"
     if value is True:
         return f"with {flag}"
+    if value is False and default is True:
+        return f"with --no-{flag[2:]}"
     if value is None or value is False:
         return f"without {flag}"
     words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
@@ -896,9 +909,7 @@ def variant_of(args, tiny=None):
     for field in fields(args):
         value, default = getattr(args, field.name), getattr(usual, field.name)
         if field.name not in shared and value != default:
-            off = default is True and value is False
-            words.append(f"with --no-{field.name.replace('_', '-')}" if off
-                         else said(field.name, value))
+            words.append(said(field.name, value, default))
     return ", ".join(words) or None
 
 
@@ -1385,7 +1396,7 @@ def divided_tasks(args, data, seed):
 
 
 def checked_tasks(args, data, n_text):
-    """{seed: tasks}, with all refused that a training would stumble over later.
+    """{seed: tasks}, after checking what a training would fail on later.
 
     Training images are decoded, and kept in memory while there is room (2 GB).
     """
@@ -1494,16 +1505,15 @@ def gather(settings, tasks, model, finished):
     names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
     shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
     result = {key: settings.get(key) for key in (*SETTINGS, "seeds", "validate")}
+    zero_shot = {n: [d["zero_shot"][i] for d in done] for i, n in enumerate(names)}
     result.update(
         seeds=list(settings["seeds"]),
         tasks=names,
         metrics={task.name: getattr(task.metric, "__name__", task.metric) for task in tasks},
-        zero_shot={
-            n: statistics.mean(d["zero_shot"][i] for d in done) for i, n in enumerate(names)
-        },
+        zero_shot={n: statistics.mean(values) for n, values in zero_shot.items()},
+        zero_shot_by_seed=zero_shot,
         accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
         average=[statistics.mean(d["accuracy"]) for d in done],
-        zero_shot_average=[statistics.mean(d["zero_shot"]) for d in done],
         trainable_parameters=done[0]["trainable_parameters"],
         clip_parameters=sum(p.numel() for p in model.parameters()),
         seconds=[d["seconds"] for d in done],
@@ -1751,24 +1761,22 @@ def _made(out):
 
 
 def _baseline(name, Args, argv, n_classes=1):
-    """(settings, tasks of every seed, CLIP) of a baseline, with everything refused that cannot be.
+    """(settings, tasks of every seed, CLIP) of a baseline, its settings validated.
 
     n_classes: how many classes a task has to have images of.
     """
     given = _command(name, Args, argv)
-    built_in = given.data.split(":")[0] in datasets.BUILT_IN
+    built_in = datasets.built_in_shots(given.data) is not None
     given.clip = given.clip or ("tiny" if built_in else "ViT-B/16")
     given = _absolute(given)
-    check_clip(given.clip)
-    if given.split is None and given.shots is None:
-        given.shots = datasets.BUILT_IN.get(given.data.split(":")[0])
     shared = {field.name for field in fields(BaselineArgs)} - {"out"}
-    _validate(as_args(given, shared))
+    checked = as_args(given, shared)
+    _validate(checked)
+    given.shots, given.device = checked.shots, checked.device
     if given.out and (_checked_out(given.out) / "result.json").exists():
         raise UserError(f"--out {given.out} holds another result: choose another folder")
     if given.download:
         datasets.find_listings(given.data, given.root, download=True)
-    given.device = checked_device(given.device)
     tasks = {seed: load_tasks(given.data, given.split, given.shots, seed, given.root)
              for seed in given.seeds}
     for task in tasks[given.seeds[0]]:
@@ -1840,8 +1848,9 @@ def ensemble(model, class_names, templates):
 def probe(argv):
     """`python common.py probe`: logistic regression on frozen image features, one per task.
 
-    As in CLIP's README, by scikit-learn. Its strength C is chosen on the dataset's validation part
-    or on 20% of the training images, held out, by the smallest cross-entropy; never on test images.
+    As in CLIP's README, by scikit-learn. Its inverse strength of regularisation, C, is chosen by
+    the smallest cross-entropy on the dataset's validation part or on 20% of the training images,
+    held out; never on test images.
     """
     from sklearn.linear_model import LogisticRegression
     args, tasks, model = _baseline("probe", BaselineArgs, argv, n_classes=2)
@@ -2128,18 +2137,14 @@ def rows_of(result):
     shared.update(title=f"{result['data']}, {size}, {result['clip']}",
                   key=json.dumps([result[key] for key in OWN]),
                   parameters=int(result["trainable_parameters"]))
-    zero_shot = {task: float(result["zero_shot"][task]) for task in result["tasks"]}
-    zero_shot["average"] = statistics.mean(zero_shot.values())
     accuracy = {task: result["accuracy"][task] for task in result["tasks"]}
+    zero_shot = {task: result["zero_shot_by_seed"][task] for task in result["tasks"]}
     accuracy["average"] = result["average"]
-    rows = [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=zero_shot[task])
-            for task, values in accuracy.items()
-            for seed, value in zip(result["seeds"], values, strict=True)]
-    of_seed = dict(zip(result["seeds"], result["zero_shot_average"], strict=True))
-    for row in rows:
-        if row["task"] == "average":
-            row["zero_shot"] = float(of_seed[row["seed"]])
-    return rows
+    zero_shot["average"] = [statistics.mean(values) for values in zip(*zero_shot.values())]
+    return [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=float(plain))
+            for task in accuracy
+            for seed, value, plain in zip(result["seeds"], accuracy[task], zero_shot[task],
+                                          strict=True)]
 
 
 def label(runs):
@@ -2147,7 +2152,7 @@ def label(runs):
     runs = runs.assign(
         label=runs.method + [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
     )
-    for name, twins in runs.groupby("label"):
+    for _, twins in runs.groupby(["data", "clip", "label"]):
         differ = [key for key in OWN[2:] if twins[key].astype(str).nunique() > 1]
         for key in differ:
             words = twins[key].map(lambda value, key=key: said(key, value).removeprefix("with "))

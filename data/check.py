@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from .errors import UserError
 from .images import Images
@@ -80,4 +81,5 @@ def undecoded(listing, workers=0):
     items = [item for part in images_of(listing).values() for item in part]
     jobs = _Decoded(items, [0] * len(items), listing.read)
     loader = DataLoader(jobs, batch_size=64, num_workers=workers, collate_fn=list)
-    return [line for batch in loader for line in batch if line]
+    shown = tqdm(loader, desc=f"check {listing.name}", delay=2, leave=False, disable=None)
+    return [line for batch in shown for line in batch if line]

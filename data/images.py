@@ -78,8 +78,8 @@ def rgb(image):
 def eight_bits(values):
     """Grey values of 16 bits, 32 bits or floats as uint8, scaled by their range.
 
-    Floats in 0..1 are scaled by 255, what exceeds 255 as 16 bits by 65535; all else that leaves
-    0..255 by its own minimum and maximum.
+    Floats in 0..1 are multiplied by 255, values above 255 and up to 65535 divided by 257; any other
+    range that leaves 0..255 is stretched from its minimum to its maximum.
     """
     floats = values.dtype.kind == "f"
     values = np.nan_to_num(values.astype(np.float64))

@@ -14,6 +14,12 @@ from .listing import file_of
 BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
 
 
+def built_in_shots(data):
+    """The default shots of `--data` where all of it comes along with the project, else None."""
+    names = {name.split(":")[0] for name in benchmarks.names_of(data)}
+    return min(BUILT_IN[name] for name in names) if names <= BUILT_IN.keys() else None
+
+
 @dataclass
 class Task:
     """One task: images of a domain or a dataset, and the names of their classes in label order."""
@@ -36,9 +42,10 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     `class/images` that makes one task, or several of these joined by commas. split: the fraction of
     each class to train on, max(1, round(split * n)) images; or shots: that many per class. Where a
     dataset has no test set of its own the rest is it, and with `shots` a class keeps at least a
-    fifth of its images, and one, for it. Neither: every training image. The choice depends on the
-    data and the seed only. Raises UserError for whatever is wrong with the data or the numbers;
-    what is not as published or asked for is one line on stderr.
+    fifth of its images, and one, for it. Neither: every training image, where the dataset has a
+    test set of its own. The choice depends on the data and the seed only. Raises UserError for
+    whatever is wrong with the data or the numbers; what is not as published or asked for is one
+    line on stderr.
     """
     if split is not None and shots is not None:
         raise UserError("--split and --shots say the same thing in two ways: give one of them")
@@ -97,14 +104,12 @@ def divide(listing, split, shots, seed):
             spare = 0 if listing.test else max(1, math.ceil(len(items) / 5))
             take = min(shots, len(items) - spare)
         name = f"class '{listing.class_names[label]}' of {listing.name}"
-        if not listing.test and take < 1:
-            raise UserError(
-                f"{name} has {len(items)} image, and --shots needs one to train and one "
-                "to test on: add images or take the class away"
-            )
+        if not listing.test and len(items) < 2:
+            raise UserError(f"{name} has {len(items)} image, and one is needed to train and one to "
+                            "test on: add images or take the class away")
         if not listing.test and take == len(items):
-            raise UserError(f"{name} has {len(items)} images, and this split trains on all of them "
-                            "and leaves none to test on: use a smaller --split")
+            raise UserError(f"{name} has {len(items)} images, and training on all of them leaves "
+                            "none to test on: give --shots or a smaller --split")
         train += [(items[i], label) for i in sorted(order[:take])]
         test += [(items[i], label) for i in sorted(order[take:])]
         taken.append(take)
@@ -122,9 +127,9 @@ def warn_of_few(listings, shots):
     few = [take for x in listings for take in x.taken if shots is not None and take < shots]
     if few:
         classes = sum(len(x.taken) for x in listings)
-        tail = "" if all(x.test for x in listings) else ", with some left to test on"
-        warn_once(f"--shots {shots}: {len(few):,} of {classes:,} classes can give fewer, at least "
-                  f"{min(few)}{tail}")
+        tail = "" if all(x.test for x in listings) else ", so that some are left to test on"
+        warn_once(f"--shots {shots}: {len(few):,} of {classes:,} classes have too few images and "
+                  f"train on fewer, at least {min(few)}{tail}")
 
 
 def as_images(pairs, listing):

@@ -72,9 +72,6 @@ def tasks_of(model, n_tasks, n_classes, batch):
 class Phase:
     """Stands in for a run: one epoch of every phase, and nothing is written."""
 
-    def __init__(self):
-        self.state = {}
-
     def seed_phase(self, phase):
         common.seed_everything(phase)
 
@@ -135,7 +132,7 @@ class Bench:
             common.batches = kept
 
     def evaluate(self, prompts):
-        """Score one task; pixels are in memory, features are not."""
+        """Score all tasks; pixels are in memory, features are not."""
         common._plain.clear()
         return self.method.score(self.args, self.model, self.tasks, prompts)
 
@@ -216,7 +213,8 @@ def megabytes(device, function):
 def row_of(words, name, n_tasks, n_classes):
     """A method's numbers: [ms, ratio, images per second, ratio, MB, ratio]."""
     bench = Bench(words, name, n_tasks, n_classes)
-    call = [sys.executable, __file__, "--method", name, "--clip", words.clip]
+    call = [sys.executable, __file__, "--method", name, "--clip", words.clip,
+            "--device", words.device]
     call += ["--tasks", str(n_tasks), "--classes", str(n_classes), "--peak"]
 
     def peak(rows):

@@ -323,7 +323,7 @@ def test_shots_from_a_class_with_one_image_name_the_class(refused, tree):
         tree,
         "--shots",
         1,
-        says=["'red ball'", "painted", "1 image", "--shots", "add images"],
+        says=["'red ball'", "painted", "1 image", "add images"],
     )
 
 
@@ -958,6 +958,24 @@ def test_an_ablation_of_everything_leaves_nothing(refused, tree):
         script="mmap",
     )
     refused("--data", tree, "--shots", 2, "--grouping", "colour", says=["colour"], script="mmap")
+
+
+def test_a_switch_that_was_turned_off_may_be_said_again(tmp_path):
+    """As `--no-specific --resume` of a run of `--no-specific`; the other way is a contradiction."""
+    mmap, out = common.load_method("mmap"), str(tmp_path / "run")
+    args = common.parse(mmap.Args, "", ["--no-specific", "--out", out])
+    (tmp_path / "run").mkdir()
+    saved = json.dumps(dict(vars(args), method="mmap"))
+    (tmp_path / "run" / "settings.json").write_text(saved)
+    for words in ([], ["--no-specific"]):
+        assert not common.parse(mmap.Args, "", ["--resume", "--out", out, *words]).specific
+    with pytest.raises(common.UserError, match="started with --no-specific, not with --spe"):
+        common.parse(mmap.Args, "", ["--resume", "--out", out, "--specific"])
+
+
+def test_prompts_may_be_scored_with_validation_off_in_so_many_words(method, finished):
+    code, err, printed = method("--eval", finished / "prompts.pt", "--no-validate")
+    assert code == 0 and not err and "average" in printed
 
 
 @pytest.mark.parametrize("depth", [0, 7, -1])

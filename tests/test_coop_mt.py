@@ -71,6 +71,20 @@ def test_fixed_views_go_through_the_frozen_encoder_once_and_change_nothing(small
             assert (x - common.encode_image(small, images)).abs().max() < 1e-5
 
 
+def test_kept_features_are_never_those_of_another_backbone():
+    """Each model is gone before the next is loaded, so that its address may be taken again."""
+    tasks, args = small_tasks("a"), settings(views=1)
+    for scale in range(1, 5):
+        model, _ = common.load_clip("tiny", "cpu")
+        model.visual.proj.data *= scale
+        common.seed_everything(0)
+        [(x, *_)] = list(common.batches(args, model, tasks, frozen=True))[:1]
+        common.seed_everything(0)
+        [(images, *_)] = list(common.batches(args, model, tasks))[:1]
+        assert (x - common.encode_image(model, images)).abs().max() < 1e-4
+        del model
+
+
 @pytest.mark.parametrize("surgery", ["pcgrad", "imtl", "cagrad"])
 def test_every_surgery_sees_the_views_that_the_sum_sees(small, surgery):
     """The first loss is the same, and later views too: nothing else draws from their generator."""

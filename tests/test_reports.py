@@ -205,7 +205,8 @@ def write_run(folder, **changes):
     )
     result.update(changes)
     result["average"] = [sum(x) / 2 for x in zip(*result["accuracy"].values())]
-    result.setdefault("zero_shot_average", [40.0] * len(result["seeds"]))
+    plain = {task: [value] * len(result["seeds"]) for task, value in result["zero_shot"].items()}
+    result.setdefault("zero_shot_by_seed", plain)
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -280,9 +281,32 @@ def test_differences_to_a_baseline_are_paired_by_seed(tmp_path, capsys):
 
 def test_zero_shot_clip_is_paired_by_seed_too(tmp_path, capsys):
     """Averages 50 and 51.5 over zero-shot's 44 and 45.5 of the same seeds: 6 each."""
-    write_run(tmp_path / "a", zero_shot_average=[44.0, 45.5])
+    write_run(tmp_path / "a", zero_shot_by_seed=dict(A=[54.0, 55.0], B=[34.0, 36.0]))
     common.commands(["table", str(tmp_path), "--baseline", "zero-shot"])
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith("  +6.0 ± 0.0")
+
+
+def test_the_zero_shot_column_is_the_mean_over_all_seeds_of_the_table(tmp_path, capsys):
+    """One run with seeds 1, 2 and one with 2, 3: each seed counts once, in the rows and on average,
+    whichever run finished first."""
+    write_run(tmp_path / "a", zero_shot_by_seed=dict(A=[10.0, 40.0], B=[30.0, 30.0]))
+    write_run(tmp_path / "b", method="mmap", seeds=[2, 3],
+              zero_shot_by_seed=dict(A=[40.0, 70.0], B=[30.0, 90.0]))
+    for first in ("a", "b"):
+        os.utime(tmp_path / first / "result.json", (1, 1))
+        common.commands(["table", str(tmp_path)])
+        rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+        plain = {row[0]: row[1] for row in rows if row[0] in ("A", "B", "average")}
+        assert plain == dict(A="40.0", B="50.0", average="45.0")
+        os.utime(tmp_path / first / "result.json")
+
+
+def test_the_settings_of_another_benchmark_do_not_change_a_label(tmp_path, capsys):
+    """A method runs with other epochs on other data; only twins on one benchmark are told apart."""
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", data="animals", epochs=15)
+    common.commands(["table", str(tmp_path), "--baseline", "coop_mt"])
+    assert "--epochs" not in capsys.readouterr().out
 
 
 def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, capsys):
@@ -367,8 +391,9 @@ def test_bad_words_are_met_with_one_line(words, says, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(zero_shot=[50.0, 30.0]),
-        dict(zero_shot=dict(A=50.0)),
+        dict(zero_shot_by_seed=[50.0, 30.0]),
+        dict(zero_shot_by_seed=dict(A=[50.0, 50.0])),
+        dict(zero_shot_by_seed=dict(A=[50.0, 50.0], B=[30.0])),
         dict(average=[50.0]),
         dict(trainable_parameters=None),
         dict(seeds=3),

@@ -117,6 +117,23 @@ def test_some_tasks_of_a_benchmark_can_be_named():
     assert len(both) == 4 + 5               # Noto Food is one of each, and comes once
 
 
+def test_the_built_in_defaults_are_those_of_data_that_all_come_along(tmp_path):
+    folder = make_tree(tmp_path, {"a/cup": 2, "a/hat": 2})
+    Coop = common.load_method("coop_mt").Args
+    for words in ("emoji", "emoji,emoji24", "emoji:Noto,emoji24:*Food"):
+        args = common.parse(Coop, "", ["--data", words], tiny=dict(lr=0.5))
+        assert (args.clip, args.shots, args.lr) == ("tiny", 6, 0.5)
+    with pytest.raises(UserError, match="needs --split, such as"):
+        common.parse(Coop, "", ["--data", f"emoji:Noto,{folder}"])
+
+
+def test_a_papers_setting_for_a_dataset_is_that_of_some_of_its_tasks_too():
+    Coop, rules = common.load_method("coop_mt").Args, dict(minidomainnet=dict(batch_size=4))
+    for words in ("minidomainnet", "minidomainnet:Real+Sketch"):
+        args = common.parse(Coop, "", ["--data", words, "--split", "0.01"], of_data=rules)
+        assert args.batch_size == 4
+
+
 def test_a_task_of_a_benchmark_has_the_same_split_alone_and_among_others():
     [alone] = load_tasks("emoji24:Fluent Food", shots=6, seed=2)
     among = [task for task in load_tasks("emoji24", shots=6, seed=2) if task.name == alone.name]
@@ -153,10 +170,12 @@ def test_shots_leave_a_fifth_of_a_class_and_one_image_for_testing(tmp_path):
 
 def test_a_class_of_one_image_has_none_to_test_on(tmp_path):
     make_tree(tmp_path, {"a/big": 9, "a/small": 1})
-    with pytest.raises(UserError, match="class 'small' of a has 1 image, and --shots needs one"):
-        load_tasks(str(tmp_path), shots=2)
-    with pytest.raises(UserError, match="class 'small' of a .* leaves none to test on"):
-        load_tasks(str(tmp_path), split=0.1)
+    for size in (dict(shots=2), dict(split=0.1)):
+        with pytest.raises(UserError, match="class 'small' of a has 1 image, .* add images or"):
+            load_tasks(str(tmp_path), **size)
+    make_tree(tmp_path, {"a/small": 2})
+    with pytest.raises(UserError, match="none to test on: give --shots or a smaller --split"):
+        load_tasks(str(tmp_path), split=1)
 
 
 @pytest.mark.parametrize("shots, validation", [(1, 1), (3, 3), (4, 4), (16, 4), (None, 6)])
@@ -183,10 +202,10 @@ def test_classes_that_can_give_fewer_than_shots_are_named_once(tmp_path, capsys)
     assert not capsys.readouterr().err
     for seed in (1, 2):
         load_tasks(f"few={tmp_path / 'a'}", shots=9, seed=seed)
-    line = (
-        "warning: --shots 9: 2 of 3 classes can give fewer, at least 4, with some left to test on\n"
+    assert capsys.readouterr().err == (
+        "warning: --shots 9: 2 of 3 classes have too few images and train on fewer, at least 4, so "
+        "that some are left to test on\n"
     )
-    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

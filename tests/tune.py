@@ -6,7 +6,7 @@
 Learning rates of a third, once and three times the middle one of METHODS, and the file's epochs and
 half as many, are tried with `--validate`: 20% of the training images of `emoji`, 6 shots, are held
 out and scored. No test image takes part. What has finished is not run again. Prints a table in
-Markdown, the best of each method in bold, as data/README.md shows it.
+Markdown, the best of each method in bold; data/README.md says which were taken, and why.
 """
 import json
 import statistics
@@ -76,6 +76,10 @@ def held_out(words, lr, epochs, seeds, out):
 
 def main():
     args = tyro.cli(Tune, description=__doc__)
+    files = {command.split()[0].removesuffix(".py") for command, _ in METHODS.values()}
+    for name in args.only:
+        if name not in files | METHODS.keys():
+            sys.exit(f"tune.py: --only {name} is none of {', '.join([*METHODS, *sorted(files)])}")
     print("| method | epochs | " + " | ".join(f"lr x {f:.2g}" for f in FACTORS) + " |")
     print("| --- | --- |" + " --- |" * len(FACTORS))
     for name, (command, middle) in METHODS.items():

@@ -2,11 +2,10 @@
 `coop11`.
 
 They are read in CoOp's `$DATA` layout, with CoOp's split and class names (`split_zhou_*.json`)
-where
-that file is there, and else with torchvision's loader in torchvision's layout: its official split,
-with the class names published with CLIP (data/class_names). SUN397, Caltech101 and EuroSAT have no
-official split in torchvision; what --split or --shots leaves is their test set then. FGVC-Aircraft
-has an official split in both layouts; ImageNet is tested on its validation images.
+where that file is there, and else with torchvision's loader in torchvision's layout: its official
+split, with the class names published with CLIP (data/class_names). SUN397, Caltech101 and EuroSAT
+have no official split in torchvision; what --split or --shots leaves is their test set then.
+FGVC-Aircraft has an official split in both layouts; ImageNet is tested on its validation images.
 
 Templates are CoOp's, and so is the metric: plain accuracy for all eleven. (CLIP's own paper scores
 OxfordPets, Flowers102, FGVCAircraft and Caltech101 by the mean over classes.)

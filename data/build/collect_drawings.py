@@ -1,12 +1,12 @@
 """Rasterise free emoji and icon sets into one array, the pretraining images of the `tiny` backbone.
 
-    npm install --prefix /tmp/npm @iconify/json emojibase-data openmoji
+    npm install --prefix /tmp/npm @iconify/json@2.2.535 emojibase-data@17.0.0 openmoji@17.0.0
     pip install resvg-py
     python data/build/collect_drawings.py --npm /tmp/npm --out /tmp/tiny/drawings.npz
 
 None of the four styles of the `emoji` benchmark, and no other edition of one (Noto 1, Fluent 3D,
 Fluent's UI icons), is among the sets below. FxEmoji is the fifth style: it is stored apart, no
-training step sees it, and the checkpoint is chosen by the accuracy on it. Every drawing gets a
+training step sees it, and training is watched by the accuracy on it. Every drawing gets a
 `concept`: the emoji it draws (skin tones and sets share it) or, for an icon, the words of its name.
 `captions` of a concept are what its pretraining texts are made of.
 """

@@ -1,7 +1,7 @@
 """Build the `emoji` benchmark: the emoji that four free sets all draw, sorted into classes a person
 would name.
 
-    npm install --prefix /tmp/npm @iconify/json emojibase-data
+    npm install --prefix /tmp/npm @iconify/json@2.2.535 emojibase-data@17.0.0
     pip install resvg-py
     python data/build/make_emoji.py --npm /tmp/npm      # data/emoji/, data/contact_sheet.png
 

@@ -6,7 +6,7 @@
     python data/build/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
 
 The first line trains, saves its state every few minutes and takes it up again when run again with
-the same words. The learning rate follows the clock (warm-up, then a cosine over `--minutes`,
+the same flags. The learning rate follows the clock (warm-up, then a cosine over `--minutes`,
 counted over all runs), so the length of the training is known beforehand. The second writes the
 averaged weights in half precision, the format that `clip.load(path)` reads.
 
@@ -202,8 +202,8 @@ def augment(images, generator, train=True):
 
 
 def held_out_score(model, data):
-    """Per cent of the held-out style's drawings whose subgroup is named right, by name alone and by
-    a linear probe.
+    """(zero-shot accuracy, the points that a linear probe gains on it) in %, on the held-out style's
+    subgroups.
 
     The probe starts at the text classifier and trains on a tenth of the drawings: what prompt
     learning can hope for.

@@ -755,7 +755,7 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
     own, of_data: those that a paper gives a dataset, own(args): those that follow from other
     settings; tiny may be such a function, too. tiny overrides own, own of_data, and a given flag
     all of them. --resume and --eval inherit saved settings.
-    Raises UserError, and SystemExit(2) where tyro refuses a flag.
+    Raises UserError, and SystemExit(2) where tyro rejects a flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = (re.fullmatch(r"--(?:no-)?([a-z][a-z_-]*)(=.*)?", word) for word in argv)
@@ -1265,7 +1265,7 @@ def run_seeds(args, build, train, score, n_text=0, image_prompts=False, own=Fals
     score(args, model, tasks, prompts) -> dict of zero_shot and accuracy, a number per task, and the
     method's own results. n_text: vectors before the class name; image_prompts: needs a ViT; own:
     prompts belong to these very tasks, so that `--eval` needs the same ones; check(args, tasks)
-    refuses what a method cannot do; prepare(args, tasks, seed) -> tasks divides them further;
+    rejects what a method cannot do; prepare(args, tasks, seed) -> tasks divides them further;
     plot(folder, result, rows) draws its figures.
 
     With args.single_task each task is trained alone, one after another.
@@ -1292,7 +1292,7 @@ def run_seeds(args, build, train, score, n_text=0, image_prompts=False, own=Fals
     def units(seed):
         return [[task] for task in tasks[seed]] if single else [tasks[seed]]
 
-    build(args, model, units(args.seeds[0])[0])     # refuses settings that do not fit
+    build(args, model, units(args.seeds[0])[0])     # rejects settings that do not fit
     if run:
         run.open({seed: contents(tasks[seed]) for seed in args.seeds})
     finished = {}

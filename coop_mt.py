@@ -98,7 +98,7 @@ def own(args):
 
 
 def tiny(args):
-    """The settings of the built-in backbone."""
+    """The settings of the built-in backbone, chosen as data/README.md says."""
     if args.conditional:
         return dict(epochs=3, lr=0.003, batch_size=4, min_crop=0.6)
     return dict(epochs=15, lr=0.03, batch_size=16, min_crop=0.6, views=8)
@@ -177,7 +177,8 @@ def train(args, model, tasks, run):
     """Learn the context on all tasks' training images."""
     prompts = build(args, model, tasks)
     texts = common.Texts(tasks, args.n_ctx).to(model.logit_scale.device)
-    nameless, C = common.tokenize([""], args.n_ctx), len(texts.tokens)
+    nameless = common.tokenize([""], args.n_ctx)
+    C = len(texts.tokens)
     optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
@@ -192,10 +193,10 @@ def train(args, model, tasks, run):
                 losses = proda_loss(model, x, w, bare, labels)
             else:
                 w = w if args.conditional else w[0]
-                losses = common.task_losses(model, x, w, labels, task, texts)   # [N], Eq. (5)
+                losses = common.task_losses(model, x, w, labels, task, texts)   # [N], MmAP (5)
             optimizer.zero_grad()
             if args.surgery == "none":
-                losses.sum().backward()                                         # Eq. (11)
+                losses.sum().backward()                                         # MmAP (11)
             else:
                 present = task.unique().tolist()
                 grads = [torch.autograd.grad(losses[t], prompts.vectors, retain_graph=True)[0]

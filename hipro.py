@@ -35,13 +35,13 @@ Choices the paper leaves open
   step. A task without any adds nothing to its nodes' losses, and a node without any image keeps its
   prompt and its momentum as they are: every prompt is trained as if alone, on its own batches.
 - The 8 task-shared prompts train as long as the nodes' and with the same settings. Their random
-  numbers are their own, so the affinity is the same with any grouping of it, and the nodes see the
-  same views. A snapshot has a value for each pair of tasks that both have images in the step; a
-  pair's affinity is the mean of its values.
+  numbers are their own: `tag` and `tag-groups` measure the same affinity, and the nodes see the
+  same views under every `--grouping`. A snapshot has a value for each pair of tasks that both have
+  images in the step; a pair's affinity is the mean of its values.
 - A classifier is the text features at unit length; the mean of several is not normalised again.
 - Random groups are a tree of random affinities, drawn from the seed.
 - TAG's affinity of i on j is 1 - L_j(after a step on i alone) / L_j (Fifty et al., NeurIPS 2021),
-  made symmetric by the mean of both directions; same steps, at the learning rate of the step.
+  made symmetric by the mean of both directions; every 5th step, too, with its learning rate.
 - `--grouping tag-groups` is TAG as a baseline: at most `--groups` disjoint groups (TAG's may
   overlap), chosen to maximize the sum of the tasks' mean affinities to the others in their group,
   0 for a task alone. A task is classified by its group's prompt alone.
@@ -76,11 +76,12 @@ class Args(common.Args):
     batch_size: int = 20  # "Batch size is 20": images of all tasks; per task with --batches tasks
     batches: Literal["tasks", "mixed"] = "mixed"  # "Images from all tasks are combined together"
     n_ctx: int = 16  # "Prompt with 16 tokens"
-    # Sec. 3.3; others but tag-groups: Table 4; tag-groups: column TAG of Table 1
+    # Sec. 3.3; others but tag-groups: Table 4; tag-groups: column TAG of Tables 1, 2
     grouping: Literal["tree", "shared+individual", "random", "tag", "tag-groups"] = "tree"
     groups: int = 2  # at most so many groups of tasks, with --grouping tag-groups (ours)
 
 
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6, views=8)
 
 
@@ -158,8 +159,8 @@ def losses_at(model, w, batch, texts):
 def tag_affinity(model, texts, batch, vectors, grads, losses, lr):
     """TAG's look-ahead affinity [N, N], symmetric and averaged over the shared prompts.
 
-    vectors [S, b, d_l], with grads [S, N, b, d_l] and losses [S, N]. What a task without images has
-    in it is 0.
+    vectors [S, b, d_l], with grads [S, N, b, d_l] and losses [S, N]. The rows and columns of tasks
+    without images are 0.
     """
     rows = torch.zeros_like(losses[0]).repeat(losses.shape[1], 1)               # [N, N]
     for i in range(len(rows)):
@@ -424,7 +425,8 @@ def score(args, model, tasks, prompts):
 def plot(folder, result, rows):
     """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4)."""
     for seed, nodes in zip(result["seeds"], result["nodes"]):
-        if len(nodes[-1]) < len(result["tasks"]):       # TAG's groups are no tree
+        single = [[name] in nodes for name in result["tasks"]]
+        if len(nodes[-1]) < len(single) or not all(single):     # TAG's groups are no tree
             continue
         figure, axes = common.pyplot().subplots(figsize=(6, 1 + 0.35 * len(result["tasks"])))
         order, place = leaves(nodes[-1], nodes), {}
@@ -456,7 +458,7 @@ def leaves(node, nodes):
 
 
 def check(args, tasks):
-    """Refuse more groups than tasks."""
+    """Reject more groups than tasks."""
     if args.grouping == "tag-groups" and args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
                                f"--data {args.data}: give fewer")

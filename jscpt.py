@@ -52,10 +52,13 @@ Choices the paper leaves open
   split instead, and out of the test set, so that no test image takes part.
 - The upper step takes L from the latest training batch at the updated prompts, effect and affinity
   as that batch had them, and moves alpha and beta by Adam, lr 0.0015 (the authors' program). At the
-  paper's settings on 10% of Office-Home that are about 115 steps of about 0.0015 at most: alpha and
-  beta stay within 0.17 of 1. The Neumann series has a scale s (Lorraine et al., AISTATS 2020):
-  s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The last prompts are returned.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults), which Eq. (10) does not see.
+  paper's settings on 10% of Office-Home there are about 115 upper steps, each of about 0.0015 at
+  most: alpha and beta stay within about 0.17 of 1. The Neumann series has a scale s (Lorraine et
+  al., AISTATS 2020): s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The last prompts
+  are returned.
+- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
+  cycle. Fresh views every epoch. SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults),
+  which Eq. (10) does not see.
 - The authors' program averages the shared and the specific prompts and their features, takes the
   affinity from losses without selection, and never updates Omega: this follows the paper.
 """
@@ -99,8 +102,7 @@ class Args(common.Args):
     cagrad: bool = False  # CAGrad in place of the task schedule: Table 4
 
 
-# lr and epochs were chosen on held-out training images (--validate), seeds 1 to 3: lr 0.0025, 0.005
-# and 0.01 by 1 to 9 epochs, the best mean over three epochs. The others were not searched.
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=7, lr=0.005, batch_size=8, n_ctx=4, min_crop=0.6, upper_lr=0.05)
 OF_DATA = dict(minidomainnet=dict(batch_size=4), coop10=dict(batch_size=32),
                coop11=dict(batch_size=32))
@@ -138,7 +140,7 @@ class MTVLP(nn.Module):
     def copies(self):
         """theta with a copy of every tensor for every task, {name: [N, ...]}.
 
-        The gradient of a sum of losses keeps the copies apart: they are the tasks' gradients.
+        The gradient of the summed losses with respect to these copies is each task's own gradient.
         """
         theta = {**dict(self.named_parameters()), "m": self.m}
         return {name: x.expand(len(self.alpha), *x.shape[1:]) for name, x in theta.items()}
@@ -230,24 +232,24 @@ def omega_of(args, prompts):
 
 # ------------------------------------------------------------- bi-level optimization (Sec. 3.4)
 
-def scheduled_gradient(phi, grads, theta):
-    """The gradient of sum_i phi_i L_i with a constant phi [N], Eq. (9), shaped as theta.
+def scheduled_gradient(phi, grads, parameters):
+    """The gradient of sum_i phi_i L_i with a constant phi [N], Eq. (9), shaped as the parameters.
 
-    grads: the tasks' gradients [N, ...] of each tensor of theta [N, ...] or [1, ...].
+    grads: the tasks' gradients [N, ...] of each of the parameters [N, ...] or [1, ...].
     """
     return [torch.einsum("n,n...->n...", phi.detach(), g).sum_to_size(p.shape)
-            for g, p in zip(grads, theta)]
+            for g, p in zip(grads, parameters)]
 
 
-def cagrad_gradient(phi, grads, theta):
+def cagrad_gradient(phi, grads, parameters):
     """As `scheduled_gradient`, but shared tensors descend along N times CAGrad's direction."""
     rows = [torch.einsum("n,n...->n...", phi.detach(), g) for g in grads]
-    shared = [k for k, p in enumerate(theta) if len(p) < len(phi)]
+    shared = [k for k, p in enumerate(parameters) if len(p) < len(phi)]
     if shared:                              # with one task there is nothing to combine
         flat = torch.cat([rows[k].flatten(1) for k in shared], dim=1)
         direction = len(phi) * common.cagrad(flat)
-        for k, part in zip(shared, direction.split([theta[k].numel() for k in shared])):
-            rows[k] = part.view_as(theta[k])
+        for k, part in zip(shared, direction.split([parameters[k].numel() for k in shared])):
+            rows[k] = part.view_as(parameters[k])
     return rows
 
 
@@ -263,37 +265,41 @@ def neumann(hvp, v, steps, scale):
     return [scale * a for a in total]
 
 
-def implicit_gradient(theta, grads, dev_grads, phi, omega, steps, scale):
+def implicit_gradient(parameters, grads, dev_grads, phi, omega, steps, scale):
     """The gradient of the development loss with respect to Omega, Eq. (10)-(11), shaped as omega.
 
-    theta: tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] of each, which can be
-    differentiated once more; dev_grads: shaped as theta; phi [N]: a function of omega. L is linear
-    in phi, so the mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i) and needs no second
-    derivative.
+    parameters: theta's tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] of each,
+    which can be differentiated once more; dev_grads: shaped as the parameters; phi [N]: a function
+    of omega. L is linear in phi, so the mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i) and
+    needs no second derivative.
     """
-    gradient = scheduled_gradient(phi, grads, theta)
+    gradient = scheduled_gradient(phi, grads, parameters)
 
     def hvp(v):
-        return torch.autograd.grad(gradient, theta, v, retain_graph=True)
+        return torch.autograd.grad(gradient, parameters, v, retain_graph=True)
 
     p = neumann(hvp, dev_grads, steps, scale)
     dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(dim=1) for g, x in zip(grads, p))
     return torch.autograd.grad(phi, omega, -dots)
 
 
-def losses_at(model, texts, theta, batch):
+def losses_at(model, texts, copies, batch):
     """Every task's loss [N] on the selected features of a batch (images, labels, task), Eq. (3)."""
     images, labels, task = batch
-    x = common.encode_image(model, images, image_prompts(theta), task)
-    w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
-    return common.task_losses(model, select(theta, x, task), w, labels, task, texts)
+    x = common.encode_image(model, images, image_prompts(copies), task)
+    w = common.encode_text(model, texts.tokens, text_prompts(copies), texts.sets)
+    return common.task_losses(model, select(copies, x, task), w, labels, task, texts)
 
 
 def upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper):
-    """Move alpha and beta along the implicit gradient."""
+    """Move alpha and beta along the implicit gradient, Eq. (10)-(11).
+
+    batch: the latest training batch, with its effect [N] and affinity A [N, N] as constants;
+    dev_batch: a batch of D_dev; upper: Adam on alpha and beta.
+    """
     theta = dict(prompts.named_parameters())
     dev_losses = losses_at(model, texts, prompts.copies(), dev_batch)
-    dev_grads = torch.autograd.grad(dev_losses.sum(), list(theta.values()))     # Eq. (8)
+    dev_grads = torch.autograd.grad(dev_losses.sum(), list(theta.values()))     # of L_dev
     with sdpa_kernel(SDPBackend.MATH):      # fused attention has no second derivative
         copies = prompts.copies()
         losses = losses_at(model, texts, copies, batch)
@@ -375,12 +381,13 @@ def train(args, model, tasks, run):
                 upper_step(
                     args, model, texts, prompts, batch, development.batch(), effect, A, upper
                 )
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task), effect=effect,
-                    phi=phi, affinity=A, alpha=prompts.alpha.clone(), beta=prompts.beta.clone())
+            losses, effect, phi = (common.of_present(x, task) for x in (losses, effect, phi))
+            run.log(loss=losses.nansum(), losses=losses, effect=effect, phi=phi, affinity=A,
+                    alpha=prompts.alpha.clone(), beta=prompts.beta.clone())
             seen.append((effect, phi, A))
         effects, phis, affinities = map(torch.stack, zip(*seen))
-        prompts.effect.copy_(effects.mean(dim=0))
-        prompts.phi.copy_(phis.mean(dim=0))
+        prompts.effect.copy_(effects.nanmean(dim=0))
+        prompts.phi.copy_(phis.nanmean(dim=0))
         prompts.affinity.copy_(affinities.mean(dim=0))
         run.log(batch_effect=effects[:16].t(), batch_phi=phis[:16].t())         # for Figure 4
     return prompts
@@ -494,7 +501,7 @@ def main(argv=None):
         given = getattr(args, key)
         if given is not None and not 0 < given < math.inf:
             raise common.UserError(
-                f"--{key.replace('_', '-')} {given} cannot be: give a number above 0"
+                f"--{key.replace('_', '-')} {given} is out of range: give a number above 0"
             )
     if args.cagrad and not args.task_schedule:
         raise common.UserError("--cagrad takes the place of the task schedule already: leave out "

@@ -28,9 +28,9 @@ Choices the papers leave open
   words "a photo of a", cut to b, as in the authors' program.
 - The first layer's image prompts pass through `ln_pre`, as in the authors' program; deeper ones
   enter as they are.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
-  programs run), and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning
-  rate is `--schedule constant`.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
+  a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is `--schedule
+  constant`.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
   cycle. Fresh views every epoch.
 """
@@ -60,6 +60,7 @@ class Args(common.Args):
     single_task: bool = False  # prompts per task, each trained alone (the papers' column MaPLe)
 
 
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
 OF_DATA = dict(minidomainnet=dict(batch_size=4))
 
@@ -112,11 +113,11 @@ def train(args, model, tasks, run):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
             x = common.encode_image(model, images, prompts.image_prompts())     # [B, D]
             w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
+            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], MmAP (5)
             optimizer.zero_grad()
-            losses.sum().backward()                                             # Eq. (11)
+            losses.sum().backward()                                             # MmAP (11)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=losses)
+            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
         schedule.step()
     return prompts
 

@@ -29,7 +29,8 @@ Choices the paper leaves open
 - Sec. 3.2 counts one source prompt for all layers, Sec. 3.3 writes P^k: one per layer, as in 3.3.
   Eq. (9)-(10) write the Kronecker factors the other way round than Eq. (6)-(7): this follows
   (6)-(7).
-- Image prompts enter the first layer behind `ln_pre`, as they are (the paper does not say).
+- Text prompts stand behind the start token, as in CoOp and MaPLe, where Eq. (9) prints them before
+  all text tokens; image prompts enter the first layer behind `ln_pre`, as they are.
 - P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of P_s.
 - P_glb is trained for half of the epochs (rounded up) before the main training, with the same
   settings; Eq. (8) is taken at every step and averaged. Its random numbers are its own, and it is
@@ -42,12 +43,14 @@ Choices the paper leaves open
 - Random groups are as even as can be. `--prompt` replaces the MmAPs of the main training: `joint`
   trains text and image prompts without a link, `mlp` makes both of a [b, 256] source by a linear
   map per modality and layer (3.96 M per set at b = 4, the paper's number).
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
-  programs run), and a cosine that steps once an epoch, without warm-up. Fresh views every epoch.
+- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
+  cycle. Fresh views every epoch.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
+  a cosine that steps once an epoch, without warm-up.
 """
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 if __name__ == "mmap":
@@ -91,26 +94,33 @@ class Args(common.Args):
     source: tuple[int, int] | None = None  # shape M N of a source prompt (default: b, gcd / 2)
 
 
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=10, lr=0.1, n_ctx=4, min_crop=0.6)
 OF_DATA = dict(minidomainnet=dict(batch_size=4))
 
 
 # ---------------------------------------------------------------------------- prompts (Sec. 3.2)
 
+def source_shape(n_ctx, d_text, d_image, source=None):
+    """The shape (m, n) of a source prompt, by default (n_ctx, gcd / 2).
+
+    m has to divide n_ctx, and n both widths: else it raises ValueError.
+    """
+    gcd = math.gcd(d_text, d_image)
+    m, n = source or (n_ctx, gcd // 2 if gcd % 2 == 0 else gcd)
+    if min(m, n) < 1 or n_ctx % m or gcd % n:
+        raise ValueError(f"a source prompt of {m} x {n} does not divide prompts of "
+                         f"{n_ctx} x {d_text} and {n_ctx} x {d_image}")
+    return m, n
+
+
 class MmAP(nn.Module):
     """Text and image prompts of K layers from one source prompt per layer, Eq. (6)-(7)."""
 
     def __init__(self, n_ctx, d_text, d_image, n_layers, source=None):
-        """source: (m, n), the shape of a source prompt; m divides n_ctx, n both widths.
-
-        Default (n_ctx, gcd / 2). Raises ValueError where it does not divide.
-        """
+        """source: the shape of a source prompt, as for `source_shape`."""
         super().__init__()
-        gcd = math.gcd(d_text, d_image)
-        m, n = source or (n_ctx, gcd // 2 if gcd % 2 == 0 else gcd)
-        if min(m, n) < 1 or n_ctx % m or gcd % n:
-            raise ValueError(f"a source prompt of {m} x {n} does not divide prompts of "
-                             f"{n_ctx} x {d_text} and {n_ctx} x {d_image}")
+        m, n = source_shape(n_ctx, d_text, d_image, source)
         self.P_s = nn.Parameter(0.02 * torch.randn(n_layers, m, n))
         self.M_l = nn.Parameter(torch.ones(n_layers, n_ctx // m, d_text // n))
         self.M_v = nn.Parameter(torch.ones(n_layers, n_ctx // m, d_image // n))
@@ -276,19 +286,19 @@ def measure_similarity(args, model, tasks, run):
     """Train a global shared MmAP on all tasks and average the snapshots of Eq. (8): [N, N].
 
     Each task gets its own copy of P_glb's parameters, by `expand`, so that one backward pass leaves
-    the tasks' gradients apart; their sum is the gradient that P_glb descends along.
+    the tasks' gradients apart; their sum is the gradient that P_glb descends along. A pair's mean
+    is over the steps in which both tasks have images: all, but under `--batches mixed`.
     """
     run.seed_phase("grouping")
     N, epochs = len(tasks), math.ceil(args.epochs / 2)
     P_glb = MmAP(args.n_ctx, *widths(model), args.source)
     P_glb.register_buffer("total", torch.zeros(N, N))
-    P_glb.register_buffer("steps", torch.zeros(()))
+    P_glb.register_buffer("snapshots", torch.zeros(N, N))
     P_glb.to(model.logit_scale.device)
     texts = common.Texts(tasks, args.n_ctx, sets=range(N)).to(model.logit_scale.device)
-    optimizer, schedule = optimizer_of(args, P_glb, epochs)
-    for epoch in run.epochs(
-        "grouping", epochs, P_glb=P_glb, optimizer=optimizer, schedule=schedule
-    ):
+    optimizer, schedule = common.sgd(replace(args, epochs=epochs), P_glb, MOMENTUM, WEIGHT_DECAY)
+    for epoch in run.epochs("grouping", epochs, P_glb=P_glb, optimizer=optimizer,
+                            schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):
             copies = [p.expand(N, *p.shape) for p in P_glb.parameters()]
             P_s, M_l, M_v = copies                                              # [N, K, ...]
@@ -299,13 +309,14 @@ def measure_similarity(args, model, tasks, run):
             losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
             grads = torch.autograd.grad(losses.sum(), copies)                   # each [N, K, ...]
             P_glb.total += similarity(torch.cat([g.flatten(1) for g in grads], dim=1))
-            P_glb.steps += 1
+            present = torch.bincount(task, minlength=N) > 0
+            P_glb.snapshots += present[:, None] & present
             for p, g in zip(P_glb.parameters(), grads):
                 p.grad = g.sum(0)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=losses)
+            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
         schedule.step()
-    return P_glb.total / P_glb.steps
+    return P_glb.total / P_glb.snapshots.clamp(min=1)
 
 
 def choose_groups(args, n_tasks, similarity):
@@ -337,16 +348,10 @@ def build(args, model, tasks):
         shape = [args.source] if args.prompt == "mmap" else []
         return kind(args.n_ctx, *widths(model), *shape).to(model.logit_scale.device)
     try:
-        return Prompts(make, len(tasks), args.specific).to(model.logit_scale.device)
+        source_shape(args.n_ctx, *widths(model)[:2], args.source)
     except ValueError as error:
         raise common.UserError(f"--source: {error}") from error
-
-
-def optimizer_of(args, prompts, epochs):
-    """SGD and its cosine schedule, which steps once an epoch."""
-    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=MOMENTUM,
-                                weight_decay=WEIGHT_DECAY)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    return Prompts(make, len(tasks), args.specific).to(model.logit_scale.device)
 
 
 def n_text(args):
@@ -363,7 +368,7 @@ def train(args, model, tasks, run):
     prompts.set_groups(choose_groups(args, len(tasks), prompts.similarity))
     tell_groups(args, tasks, prompts)
     texts = common.Texts(tasks, n_text(args), prompts.sets()).to(model.logit_scale.device)
-    optimizer, schedule = optimizer_of(args, prompts, args.epochs)
+    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
@@ -373,7 +378,7 @@ def train(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()    # P_G: its tasks' gradients, Eq. (11); P_T: its own, Eq. (12)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=losses)
+            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
         schedule.step()
     return prompts
 
@@ -400,7 +405,7 @@ def score(args, model, tasks, prompts):
 
 
 def check(args, tasks):
-    """Refuse more groups than tasks."""
+    """Reject more groups than tasks."""
     if args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
                                f"--data {args.data}: give fewer")
@@ -410,6 +415,12 @@ def main(argv=None):
     args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
     if args.groups < 1:
         raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
+    if args.groups != Args.groups and args.grouping in ("all", "none"):
+        raise common.UserError(f"--groups {args.groups} is not for --grouping {args.grouping}: "
+                               "leave one of them out")
+    if args.source and args.prompt != "mmap" and args.grouping != "gradient":
+        raise common.UserError(f"--source has no effect with --prompt {args.prompt} and --grouping "
+                               f"{args.grouping}: leave it out")
     if not args.specific and args.grouping == "none":
         raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of "
                                "them out")

@@ -25,6 +25,7 @@ text context (`coop`), image prompts in every layer (`vpt`), or both, tied by a 
                         # Figure 6; also --layers 2 and --width 256
     python mvlpt.py --data officehome --split 0.1 --seeds 1 2 3 --adapt-epochs 0 --epochs 50 \
         --lr 0.0015 --batch-size 16 --n-ctx 16                      # JSCPT, Table 1, column MVLPT
+                        # (there by SGD at a fixed rate, here by Adam, warm-up and cosine)
 
 `--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer
 DIR/transfer.json` the matrix that a study or a run with partners has measured.
@@ -65,10 +66,11 @@ Choices the paper leaves open
   partners: sizes 2 and 3.
 - Fresh views every epoch; ELEVATER's images are only resized and cropped at the centre. At the
   built-in backbone `coop` draws 8 views per image once instead, so that the frozen encoder sees
-  each of them once; `tiny` was never trained on small crops.
-- The paper stands above the authors' program, which runs SGD, mixes the tasks' images, with a
-  softmax over all tasks' classes, and gives UPT's block a [1, n, 128] where that takes [n, 1, 128],
-  so that no prompt sees another.
+  each of them once, and all views show at least 0.6 of the area, because `tiny` was never trained
+  on small crops.
+- Where the authors' program departs from the paper, this follows the paper. The program runs SGD,
+  mixes the tasks' images under one softmax over all tasks' classes, and feeds UPT's block a tensor
+  [1, n, 128] where it expects [n, 1, 128], so that no prompt attends to another.
 """
 import argparse
 import copy
@@ -127,8 +129,9 @@ class LongArgs(Args):
     n_ctx: int = 16  # "a context length of 16 for both CoOp and VPT"
 
 
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=10, batch_size=8, min_crop=0.6)
-TINY_OF = dict(coop=dict(views=8), vpt=dict(n_ctx=4), upt={})
+TINY_OF = dict(coop=dict(views=8), vpt=dict(n_ctx=4))
 
 
 # ---------------------------------------------------------------------------- prompts (Sec. 3.1)
@@ -313,7 +316,7 @@ class Best(nn.Module):
 
 
 class SameTasks:
-    """A part of a phase: the checkpoint of other tasks than these cannot be gone on with."""
+    """A part of a phase that rejects a checkpoint whose tasks, classes or images differ."""
 
     def __init__(self, tasks):
         self.contents = common.contents(tasks)
@@ -370,7 +373,7 @@ def learn(args, model, run, phase, tasks, start, epochs, keep):
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
-            run.log(loss=losses.sum(), losses=losses)
+            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
         schedule.step()
         scores = accuracies(args, model, tasks, [held_out(task) for task in tasks], prompt)
         wanted = torch.stack([scores[numbers].mean() for numbers in keep])
@@ -509,8 +512,8 @@ def read_transfer(args, names, seed):
     """The accuracies [N, N] of the tasks `names` from args.transfer, a transfer.json.
 
     A seed has its own, because what one seed holds out another may test on. Raises UserError where
-    that is no such file, was measured with another prompt, backbone or split, or lacks a task or a
-    seed.
+    the file is no transfer matrix, was measured with another prompt, backbone or split, or lacks a
+    task or a seed.
     """
     path, of_seed = args.transfer, {}
     try:
@@ -644,7 +647,7 @@ def check(args, tasks):
                 read_transfer(args, [task.name for task in tasks], seed)
             if args.init:
                 _, seen = saved_source(args, seed)
-                refuse_seen(args, seed, dict.fromkeys(seen.tolist()),
+                reject_seen(args, seed, dict.fromkeys(seen.tolist()),
                             f"the source prompt in {args.init}")
     if other_sources(args):
         check_sources(args)
@@ -659,7 +662,7 @@ def check_sources(args):
         seen = {}
         for images in parts_seen(sources):
             seen.update(zip(fingerprints(images).tolist(), images.items))
-        refuse_seen(args, seed, seen, f"--source {args.source}")
+        reject_seen(args, seed, seen, f"--source {args.source}")
 
 
 def parts_seen(tasks):
@@ -674,7 +677,7 @@ def fingerprints(images):
     return common.fingerprints(data.Images(items, images.labels))
 
 
-def refuse_seen(args, seed, seen, owner):
+def reject_seen(args, seed, seen, owner):
     """Raise UserError where a target tests on images that were trained on.
 
     seen: {fingerprint: item of an image list, or None where that is not known}.

@@ -5,9 +5,9 @@ variant); multi-task as the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "
 prompt with samples from all tasks").
 
 The idea: b learned tokens join the image's patches behind the class token, and every layer gets b
-new ones in place of the last layer's. The rest of CLIP stays frozen, the text features come from
-the fixed words of the task's template ("a photo of a [class]."), and the loss is the sum over tasks
-of the cross-entropy of CLIP's image-text similarities. The texts are encoded once.
+new ones in place of the previous layer's. The rest of CLIP stays frozen, the text features come
+from the fixed words of the task's template ("a photo of a [class]."), and the loss is the sum over
+tasks of the cross-entropy of CLIP's image-text similarities. The texts are encoded once.
 
     python vpt_mt.py                                                            # built-in benchmark
     python vpt_mt.py --data officehome --split 0.1 --seeds 1 2 3                # MmAP, Table 1
@@ -24,9 +24,9 @@ Choices the papers leave open
 - N(0, 0.02) to start from, as for text prompts. Layer 0's prompts enter behind `ln_pre` and have no
   positional embedding.
 - No head is trained, unlike in the VPT paper: CLIP's text features are the classifier.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which the authors'
-  programs run), and a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning
-  rate is `--schedule constant`.
+- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
+  a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is `--schedule
+  constant`.
 - A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
   cycle. Fresh views every epoch.
 """
@@ -55,6 +55,7 @@ class Args(common.Args):
     single_task: bool = False  # prompts per task, each trained alone (the papers' column VPT)
 
 
+# how they were chosen: data/README.md, "Settings for `tiny`"
 TINY = dict(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
 OF_DATA = dict(minidomainnet=dict(batch_size=4))
 
@@ -88,11 +89,11 @@ def train(args, model, tasks, run):
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
             x = common.encode_image(model, images, prompts.image_prompts())     # [B, D]
-            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
+            losses = common.task_losses(model, x, w, labels, task, texts)       # [N], MmAP (5)
             optimizer.zero_grad()
-            losses.sum().backward()                                             # Eq. (11)
+            losses.sum().backward()                                             # MmAP (11)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=losses)
+            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
         schedule.step()
     return prompts
 

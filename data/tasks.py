@@ -60,7 +60,7 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     for listing in listings:
         for note in listing.remarks + listing.notes:
             warn_once(note)
-    refuse_both_sides(tasks)
+    reject_both_sides(tasks)
     return tasks
 
 
@@ -83,7 +83,7 @@ def find_listings(data, root="data", download=False):
 
 
 def check_names(listing):
-    """Refuse two labels with one class name: one of them could never be right."""
+    """Reject two labels with one class name: one of them could never be right."""
     twice = [name for name, n in Counter(listing.class_names).items() if n > 1]
     if twice:
         raise UserError(
@@ -152,7 +152,7 @@ def validation(listing, shots, seed):
     return pairs
 
 
-def refuse_both_sides(tasks):
+def reject_both_sides(tasks):
     """Raise UserError where one task is trained on and tested on one image, links resolved. Where
     it is a training image of another task, one line on stderr."""
     trained, tested = {}, []

@@ -960,6 +960,21 @@ def test_an_ablation_of_everything_leaves_nothing(refused, tree):
     refused("--data", tree, "--shots", 2, "--grouping", "colour", says=["colour"], script="mmap")
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--source 3 7", "3 x 7 does not divide"),
+        ("--source 3 7 --no-specific", "3 x 7 does not divide"),
+        ("--source 3 7 --prompt joint", "3 x 7 does not divide"),
+        ("--source 4 32 --prompt joint --grouping all", "--source has no effect"),
+        ("--groups 3 --grouping all", "--groups 3 is not for --grouping all"),
+    ],
+)
+def test_a_source_prompt_or_groups_that_cannot_be(refused, tree, words, says):
+    refused("--data", tree, "--shots", 2, "--clip", "tiny", *words.split(), says=[says],
+            script="mmap")
+
+
 def test_a_switch_that_was_turned_off_may_be_said_again(tmp_path):
     """As `--no-specific --resume` of a run of `--no-specific`; the other way is a contradiction."""
     mmap, out = common.load_method("mmap"), str(tmp_path / "run")

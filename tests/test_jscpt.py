@@ -655,8 +655,12 @@ def test_a_task_without_images_in_a_mixed_batch_is_left_out_of_the_log(small):
     run = Phases()
     args = settings(batches="mixed", batch_size=1, upper_every=100)
     jscpt.train(args, small, small_tasks("a", "b"), run)
-    rows = [row["losses"] for row in run.logged if "losses" in row]
-    assert all(row.isfinite().sum() == 1 for row in rows) and torch.stack(rows).isnan().any(0).all()
+    for key in ("losses", "effect", "phi"):
+        rows = [row[key] for row in run.logged if key in row]
+        assert all(row.isfinite().sum() == 1 for row in rows)
+        assert torch.stack(rows).isnan().any(0).all()
+    prompts = run.parts["train"]["prompts"]
+    assert torch.allclose(prompts.phi, torch.stack(rows).nanmean(0))
 
 
 def test_the_losses_run_on_cuda():

@@ -1057,7 +1057,7 @@ def test_other_topics_of_the_built_in_drawings_are_sources_and_the_targets_own_a
     images = data.load_tasks(args.data, shots=6)[0].test
     seen = dict(zip(mvlpt.fingerprints(images).tolist(), images.items))
     with pytest.raises(common.UserError, match="tests Noto People on"):
-        mvlpt.refuse_seen(args, 1, seen, "--source")
+        mvlpt.reject_seen(args, 1, seen, "--source")
 
 
 def test_a_source_prompt_that_has_seen_what_a_target_tests_on_is_refused(finished, other, tmp_path):

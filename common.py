@@ -2250,7 +2250,7 @@ def plot_shots(out, runs):
                 axis.errorbar(by_shots.mean().index, by_shots.mean(), by_shots.std().fillna(0),
                               marker="o", label=name)
             axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
-                     xlabel="images per class", ylabel="accuracy (%)")
+                     xlabel="images per class", ylabel="accuracy (%)", xticks=plain_scores.index)
         for axis in row[part.task.nunique():]:
             axis.axis("off")
         row[0].legend(fontsize=7)

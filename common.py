@@ -223,49 +223,25 @@ def _text_layer(block, x, S, P, C, set_of, mask, eos):
     v_prefix = _heads(v[:S * P].unflatten(0, (S, P)), attention)
     q_own, k_own, v_own = (_heads(part.unflatten(0, (C, -1)), attention)        # [C, h, t, d/h]
                            for part in (q_own, k[S * P:], v[S * P:]))
+    groups = S
     k_shared, v_shared = k_prefix, v_prefix
     if set_of is not None:
-        k_shared, v_shared = k_prefix[set_of], v_prefix[set_of]
+        k_shared, v_shared, groups = k_prefix[set_of], v_prefix[set_of], C
     q_own = q_own * q_own.shape[-1] ** -0.5
-    t = q_own.shape[2]
-
-    def per_prefix(x):      # [C, h, t, e] -> [S, h, C/S*t, e]: the texts of a prefix in a row
-        return x.unflatten(0, (len(k_shared), -1)).transpose(1, 2).flatten(2, 3)
-
-    def per_text(x):        # and back
-        return x.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
-
-    to_prefix = per_text(per_prefix(q_own) @ k_shared.transpose(-1, -2))        # [C, h, t, P]
+    h, t = q_own.shape[1:3]
+    q_rows = q_own.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)     # [S, h, C/S*t, d/h]
+    to_prefix = (q_rows @ k_shared.transpose(-1, -2)).unflatten(2, (-1, t)).transpose(1, 2)
     to_own = q_own @ k_own.transpose(-1, -2) + mask                             # [C, h, t, t]
-    scores = torch.cat([to_prefix, to_own], dim=-1).softmax(dim=-1).to(v.dtype)
-    from_prefix = per_text(per_prefix(scores[..., :P]) @ v_shared)              # [C, h, t, d/h]
+    scores = torch.cat([to_prefix.flatten(0, 1), to_own], dim=-1).softmax(dim=-1).to(v.dtype)
+    from_prefix = (
+        scores[..., :P].unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3) @ v_shared
+    )
+    from_prefix = from_prefix.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
     own = (from_prefix + scores[..., P:] @ v_own).transpose(1, 2).flatten(2).flatten(0, 1)
     if eos is None:
         prefix = _fused_attention(q_prefix, k_prefix, v_prefix, causal=True)
         own = torch.cat([prefix.transpose(1, 2).flatten(2).flatten(0, 1).to(own.dtype), own])
     return _mlp(block, x + attention.out_proj(own))
-
-
-def _sets_of(layers, sets, C):
-    """(prompts [L, S, n, d] of the S sets that some text takes, the set of each of C texts, the
-    texts in the order of their sets); arguments as those of `encode_text`."""
-    if len(layers) and layers.ndim == 3:
-        layers = layers[:, None]
-    S = layers.shape[1] if len(layers) else 1
-    if S == 1:
-        set_list = [0] * C
-    elif sets is None:
-        set_list = list(range(C))
-    else:
-        set_list = sets.tolist() if torch.is_tensor(sets) else list(sets)
-    if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
-        raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
-                         f"{C} texts")
-    used = sorted(set(set_list))
-    if len(used) < S:
-        layers = layers[:, used]
-        set_list = [used.index(s) for s in set_list]
-    return layers, set_list, sorted(range(C), key=set_list.__getitem__)
 
 
 def encode_text(model, tokens, prompts=None, sets=None):
@@ -289,9 +265,24 @@ def encode_text(model, tokens, prompts=None, sets=None):
     if len(layers) > len(blocks) or n > T - 2:
         raise ValueError(f"{len(layers)} layers of {n} prompts do not fit "
                          f"{len(blocks)} layers and {T} tokens")
-    layers, set_list, order = _sets_of(layers, sets, C)
+    if len(layers) and prompts.ndim == 3:
+        layers = prompts[:, None]
     S, P = layers.shape[1] if len(layers) else 1, 1 + n
-    even = len(set(Counter(set_list).values())) == 1
+    if S == 1:
+        set_list = [0] * C
+    elif sets is None:
+        set_list = list(range(C))
+    else:
+        set_list = sets.tolist() if torch.is_tensor(sets) else list(sets)
+    if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
+        raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
+                         f"{C} texts")
+    used = Counter(set_list)
+    if len(used) < S:                       # only the sets that some text takes
+        layers, place = layers[:, sorted(used)], {s: i for i, s in enumerate(sorted(used))}
+        set_list, S = [place[s] for s in set_list], len(used)
+    order = sorted(range(C), key=set_list.__getitem__)
+    even = len(set(used.values())) == 1
     set_of = None if even else torch.tensor([set_list[i] for i in order], device=device)
     tokens = tokens.to(device)
     if order != list(range(C)):
@@ -803,9 +794,9 @@ def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
         for key in sorted(given & saved.keys()):
             now, then = getattr(merged, key), saved[key]
             if key not in free and now != then:
-                usual = getattr(Args, key, None)
-                raise UserError(f"{owner} was started {said(key, then, usual)}, not "
-                                f"{said(key, now, usual)}: leave the flag out, or start another "
+                default = getattr(Args, key, None)
+                raise UserError(f"{owner} was started {said(key, then, default)}, not "
+                                f"{said(key, now, default)}: leave the flag out, or start another "
                                 "run in another --out")
         args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
     _validate(args)

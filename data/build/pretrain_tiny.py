@@ -202,8 +202,8 @@ def augment(images, generator, train=True):
 
 
 def held_out_score(model, data):
-    """(zero-shot accuracy, the points that a linear probe gains on it) in %, on the held-out style's
-    subgroups.
+    """(zero-shot accuracy, the points that a linear probe gains on it), in %, on the held-out
+    style's subgroups.
 
     The probe starts at the text classifier and trains on a tenth of the drawings: what prompt
     learning can hope for.

@@ -1,8 +1,9 @@
 """What the seven method files share: CLIP with prompts, texts and losses, evaluation, and the run.
 
 Read it in this order: `encode_text` and `encode_image` put prompts into an untouched `clip` model;
-`Texts`, `batches` and `task_losses` make the loss of a training step; `evaluate` scores; `Args`,
-`Run` and `run_seeds` are the shell around a method: command line, checkpoints, the closing table.
+`Texts`, `batches` and `task_losses` make the loss of a training step; `evaluate` scores. `Method`
+says what a method is: three functions and their settings (`Args`). `main` runs one as a command:
+`parse` reads the settings, a `Run` keeps checkpoints and results, `print_table` closes.
 
     model, preprocess = load_clip("tiny", "cpu")
     task = load_tasks("emoji", shots=6)[0]
@@ -14,43 +15,64 @@ import contextlib
 import copy
 import csv
 import errno
+import functools
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
+import urllib.request
 import warnings
+import weakref
 import zlib
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import numpy as np
+import packaging.version
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data as datasets
 from data import Images, Task, UserError, hold_out, load_tasks, read_image
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")         # clip imports pkg_resources, which warns that it is old
+# clip imports `packaging` from pkg_resources, which newer releases of setuptools no longer have
+without_pkg_resources = "pkg_resources" not in sys.modules
+if without_pkg_resources:
+    sys.modules["pkg_resources"] = SimpleNamespace(packaging=packaging)
+try:
     import clip
+    BACKBONES = ["tiny", *clip.available_models()]
+except Exception as error:                  # PyPI's package `clip` is a clipboard manager
+    print(f"{Path(sys.argv[0]).name}: the installed module clip is not OpenAI's CLIP, or lacks a "
+          f"package ({datasets.brief(error)}): pip uninstall clip, then "
+          "pip install --force-reinstall --no-deps clip-anytorch", file=sys.stderr)
+    sys.exit(2)
+if without_pkg_resources:
+    del sys.modules["pkg_resources"]
 
 HERE = Path(__file__).resolve().parent
 __all__ = ["Images", "Task", "UserError", "hold_out", "load_tasks", "read_image"]
@@ -74,61 +96,217 @@ def load_method(name):
 
 # ------------------------------------------------------------------------------------------- CLIP
 
+ACCEPTED = ("give a TorchScript archive as OpenAI ships them, or a state dict (.pt, .bin or "
+            ".safetensors) with the names of OpenAI's CLIP, OpenCLIP or transformers' CLIPModel")
+
+# OpenCLIP's copies of OpenAI's weights: repositories of huggingface.co/timm
+COPIES = {
+    "RN50": "resnet50_clip.openai",
+    "RN101": "resnet101_clip.openai",
+    "RN50x4": "resnet50x4_clip.openai",
+    "RN50x16": "resnet50x16_clip.openai",
+    "RN50x64": "resnet50x64_clip.openai",
+    "ViT-B/32": "vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "vit_large_patch14_clip_336.openai",
+}
+TIMEOUT = 20        # seconds without an answer from a host
+
+# what transformers' CLIPModel calls a tensor, and what OpenAI's CLIP calls it; first to last
+OPENAI_NAMES = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.": "",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.": "visual.",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    ".self_attn.": ".attn.",
+    ".layer_norm": ".ln_",
+    ".fc1.": ".c_fc.",
+    ".fc2.": ".c_proj.",
+}
+
+
 def load_clip(name, device="cpu"):
     """A frozen float32 CLIP in eval mode, and its image preprocessing: (model, preprocess).
 
-    name: one of `clip.available_models()` (downloaded to ~/.cache/clip), "tiny" (the built-in
-    backbone), or the path of a checkpoint of OpenAI's CLIP: a TorchScript archive or a state dict.
-    Tensors do not tell the activation: weights that were trained with GELU in place of OpenAI's
-    QuickGELU (most of OpenCLIP's) load and are wrong.
-    Raises UserError for an unknown name, a failed download and a file that is no such checkpoint.
+    name: one of `clip.available_models()` (downloaded once to ~/.cache/clip), "tiny" (the built-in
+    backbone), or the path of a checkpoint: a TorchScript archive as OpenAI ships them, or a state
+    dict (.pt, .bin, .safetensors) with the names of OpenAI's CLIP, OpenCLIP or transformers'
+    CLIPModel. No pickled code is run.
+    A checkpoint doesn't record its activation: GELU weights load without an error and give wrong
+    features, except where a config file beside them says GELU. Nor does it record the number of
+    attention heads, which is taken to be width / 64 as in OpenAI's models, or the mean and standard
+    deviation of its images' preprocessing, which are taken to be OpenAI's.
+    Raises UserError for an unknown name, a failed download, and a file that is not such a
+    checkpoint.
     """
     check_clip(name)
-    path = str(HERE / "data" / "tiny_clip.pt") if name == "tiny" else name
+    path = HERE / "data" / "tiny_clip.pt" if name == "tiny" else Path(name)
+    if name in COPIES:
+        path = _downloaded(name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, preprocess = clip.load(path, device="cpu")
+        state = _openai_names(_read_checkpoint(path))
+        model = clip.model.build_model(state).float()
+        model.load_state_dict(state)        # again, since build_model rounds to half precision
+        if (model.context_length, model.vocab_size) != (77, 49408):
+            raise ValueError(f"its text encoder has {model.context_length} positions and "
+                             f"{model.vocab_size} tokens, not 77 and 49408")
     except Exception as error:      # foreign files fail anywhere between unpickling and building
-        if name in clip.available_models():
-            url = clip.clip._MODELS[name]
-            raise UserError(f"cannot get the weights of {name} ({datasets.brief(error)}): "
-                            f"put {url} into ~/.cache/clip yourself") from error
-        raise UserError(f"{path} is not a CLIP checkpoint that clip.load can read "
-                        f"({_unreadable(error)}): give a TorchScript archive as OpenAI ships them, "
-                        "or the state dict of such a model saved with torch.save") from error
-    model = model.float()
-    if name not in clip.available_models() and name != "tiny":
-        model.load_state_dict(_full_precision(path), strict=False)
-    return model.eval().requires_grad_(False).to(device), preprocess
+        remedy = "move it away to have it downloaded again" if name in COPIES else ACCEPTED
+        raise UserError(f"{path} is not a CLIP checkpoint that can be used "
+                        f"({_unreadable(error)}): {remedy}") from error
+    model = model.eval().requires_grad_(False).to(device)
+    return model, clip.clip._transform(model.visual.input_resolution)
 
 
-def _full_precision(path):
-    """The weights of a checkpoint as they are stored; clip.load rounds them to half precision."""
+def _read_checkpoint(path):
+    """What a checkpoint file holds, read without running any pickled code."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+        return load_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError:                # no TorchScript archive
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    sizes = ("input_resolution", "context_length", "vocab_size")
-    return {key: value for key, value in state.items() if key not in sizes}
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        except RuntimeError:                # not a TorchScript archive
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _openai_names(saved):
+    """The state dict {name: tensor} of OpenAI's CLIP from one of OpenAI, OpenCLIP or transformers.
+
+    A training checkpoint {"state_dict": ...} and the prefix `module.` are unwrapped.
+    """
+    state = {}
+    for key, tensor in saved.get("state_dict", saved).items():
+        key = key.removeprefix("module.")
+        if key in ("text_projection.weight", "visual_projection.weight"):
+            tensor = tensor.T
+        for theirs, ours in OPENAI_NAMES.items():
+            key = key.replace(theirs, ours)
+        if not key.endswith(("input_resolution", "context_length", "vocab_size", "position_ids")):
+            state[key] = tensor
+    for key in [key for key in state if ".attn.q_proj." in key]:
+        parts = [state.pop(key.replace("q_proj", name)) for name in ("q_proj", "k_proj", "v_proj")]
+        state[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return state
+
+
+def _downloaded(name):
+    """The path of OpenAI's weights in ~/.cache/clip, downloaded where they are missing.
+
+    Sources: OpenAI's host, then OpenCLIP's copy on Hugging Face, or on the host in HF_ENDPOINT.
+    Raises UserError where neither gives them.
+    """
+    folder = Path("~/.cache/clip").expanduser()
+    url, copy = clip.clip._MODELS[name], COPIES[name]
+    archive, copied = folder / url.split("/")[-1], folder / f"{copy}.safetensors"
+    if archive.is_file() and _sha256(archive) not in url:
+        raise UserError(f"{archive} is not OpenAI's file (its SHA-256 is another): move it away to "
+                        "have it downloaded again")
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    copy_url = f"{host}/timm/{copy}/resolve/main/open_clip_model.safetensors"
+    for path in (archive, copied):
+        if path.is_file():
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for path, url in {archive: url, copied: copy_url}.items():
+        try:
+            _download(url, path)
+            return path
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failed.append(f"{url} ({datasets.brief(error)})")
+    raise UserError(f"cannot download the weights of {name} from {' or from '.join(failed)}: put "
+                    f"the first file into ~/.cache/clip as {archive.name}, or the second as "
+                    f"{copied.name}")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps the hash that Hugging Face sends with its redirect to a file."""
+
+    etag = ""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        self.etag = headers.get("X-Linked-ETag", self.etag)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def _download(url, path):
+    """Write the file at `url` to `path`: whole and with the SHA-256 of its source, or not at all.
+
+    OpenAI's URLs contain the SHA-256. Hugging Face's is in the header X-Linked-ETag, or in ETag
+    where the host sends the file itself; the ETag of the server behind a redirect is another.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    redirects = _Redirects()
+    with urllib.request.build_opener(redirects).open(url, timeout=TIMEOUT) as response:
+        etag = redirects.etag or response.headers.get("X-Linked-ETag", "")
+        if response.url == url:
+            etag = etag or response.headers.get("ETag", "")
+        hashes = re.findall(r"\b[0-9a-f]{64}\b", f"{url} {etag}")
+        if not hashes:
+            raise ValueError("the host does not give the file's SHA-256")
+        try:
+            bar = dict(total=response.length, desc=path.name, disable=None)
+            with open(part, "wb") as file, tqdm.wrapattr(response, "read", **bar) as body:
+                shutil.copyfileobj(body, file)
+            if _sha256(part) != hashes[0]:
+                raise ValueError("the file arrives incomplete or changed: its SHA-256 is another")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_clip(name):
-    """Raise UserError for a backbone that is neither a known name nor a file."""
-    known = ["tiny", *clip.available_models()]
-    if name not in known and not Path(name).is_file():
-        raise UserError(f"unknown backbone '{name}'{datasets.nearest(name, known)}: use one of "
-                        f"{', '.join(known)} or the path of a file")
+    """Raise UserError for a backbone that is neither a known name nor a file, or that was trained
+    with GELU in place of QuickGELU, as a config file of OpenCLIP or transformers beside it says.
+    """
+    if name in BACKBONES:
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"unknown backbone '{name}', a folder: give the path of a file in it, such "
+                        "as its model.safetensors")
+    if not path.is_file():
+        raise UserError(f"unknown backbone '{name}'{datasets.nearest(name, BACKBONES)}: use one of "
+                        f"{', '.join(BACKBONES)} or the path of a file")
+    for config in (path.with_name("open_clip_config.json"), path.with_name("config.json")):
+        if _says_gelu(config):
+            raise UserError(f"{name} was trained with GELU, as {config} says, and OpenAI's CLIP "
+                            "has QuickGELU: use weights that were trained with QuickGELU")
+
+
+def _says_gelu(config):
+    """Whether the config file of OpenCLIP or transformers beside a checkpoint says GELU."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if "model_cfg" in content:                                                  # OpenCLIP
+            return not content["model_cfg"].get("quick_gelu", False)
+        encoders = [content.get(f"{kind}_config", {}) for kind in ("text", "vision")]
+        return any(part.get("hidden_act", "quick_gelu") != "quick_gelu" for part in encoders)
+    except (OSError, ValueError, AttributeError, TypeError):    # no such file, or one of others
+        return False
 
 
 def _unreadable(error):
     if isinstance(error, pickle.UnpicklingError):   # torch's own text advises to run the file
         return "it holds something else than tensors and plain values"
-    if isinstance(error, KeyError):
-        return ("its tensors are not called as those of OpenAI's CLIP: it is of another family, or "
-                "they are inside of another dict")
+    if isinstance(error, (KeyError, AttributeError)):
+        return "it has no tensors with the names of a CLIP"
     return datasets.brief(error)
 
 
@@ -175,10 +353,17 @@ def _precision(model):
     return torch.autocast(device, kinds[asked]) if asked in kinds else contextlib.nullcontext()
 
 
+def _gradients(model, *inputs):
+    """The context of an encoder: without gradients where neither inputs nor weights want one, so
+    that a frozen encoder runs in half precision on every GPU."""
+    wanted = any(x.requires_grad for x in (*inputs, *model.parameters()) if x is not None)
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
 def _layer(model, function, *inputs):
-    """Run one layer; `--checkpoint` recomputes it in the backward pass instead of keeping it."""
-    if getattr(model, "checkpoint", False) and torch.is_grad_enabled():
-        return recomputed(function, *inputs, use_reentrant=False)
+    """Run one layer; `--recompute` computes it again in the backward pass instead of keeping it."""
+    if getattr(model, "recompute", False) and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 
 
@@ -197,7 +382,7 @@ def _fused_attention(q, k, v, causal=False):
 
 def _mlp(block, x):
     """x + MLP(LN(x)), with QuickGELU as one silu: x sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
-    hidden = block.mlp.c_fc(block.ln_2(x)).mul_(1.702)
+    hidden = block.mlp.c_fc(block.ln_2(x)) * 1.702      # in place, autograd would copy slices
     return x + block.mlp.c_proj(F.silu(hidden).mul_(1 / 1.702))
 
 
@@ -277,18 +462,11 @@ def encode_text(model, tokens, prompts=None, sets=None):
     if len(set_list) != C or max(set_list) >= S or sets is None and S not in (1, C):
         raise ValueError(f"{S} sets of prompts and the sets of {len(set_list)} texts do not fit "
                          f"{C} texts")
-    used = Counter(set_list)
-    if len(used) < S:                       # only the sets that some text takes
-        layers, place = layers[:, sorted(used)], {s: i for i, s in enumerate(sorted(used))}
-        set_list, S = [place[s] for s in set_list], len(used)
-    order = sorted(range(C), key=set_list.__getitem__)
-    even = len(set(used.values())) == 1
-    set_of = None if even else torch.tensor([set_list[i] for i in order], device=device)
+    in_order = C % S == 0 and set_list == [i * S // C for i in range(C)]     # C / S texts per set
+    set_of = None if in_order else torch.tensor(set_list, device=device)
     tokens = tokens.to(device)
-    if order != list(range(C)):
-        tokens = tokens[torch.tensor(order, device=device)]
 
-    with _precision(model):
+    with _gradients(model, prompts), _precision(model):
         position = model.positional_embedding.type(model.dtype)
         start = model.token_embedding(tokens[:1, :1]).type(model.dtype).expand(S, 1, -1)
         prefix = torch.cat([start, layers[0].to(start.dtype)], dim=1) if n else start
@@ -310,10 +488,7 @@ def encode_text(model, tokens, prompts=None, sets=None):
             x = _layer(model, _text_layer, block, x, S, P, C, set_of,
                        at_end if last else causal, eos if last else None)
         x = model.ln_final(x).type(model.dtype) @ model.text_projection
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if order != list(range(C)):
-        x = x[torch.tensor(sorted(range(C), key=order.__getitem__), device=device)]
-    return x
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _image_layer(block, x, last):
@@ -349,7 +524,7 @@ def encode_image(model, images, prompts=None, sets=None):
         if prompts is not None:
             raise UserError("image prompts need a ViT backbone, and this one is a ResNet: "
                             "use --clip ViT-B/16 or another ViT")
-        with _precision(model):
+        with _gradients(model, images), _precision(model):
             return visual(images.type(model.dtype)).float()
     blocks = visual.transformer.resblocks
     layers = [] if prompts is None else prompts
@@ -359,7 +534,7 @@ def encode_image(model, images, prompts=None, sets=None):
         layers = prompts[:, None]
     if len(layers) and sets is None and layers.shape[1] not in (1, len(images)):
         raise ValueError(f"{layers.shape[1]} sets of prompts do not fit {len(images)} images")
-    with _precision(model):
+    with _gradients(model, images, prompts), _precision(model):
         x = visual.conv1(images.type(model.dtype)).flatten(2).transpose(1, 2).type(model.dtype)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))         # [B, 1 + patches, d]
@@ -423,6 +598,13 @@ class Texts:
                                               (self.tokens, self.start, self.mine))
         return self
 
+    def of_task(self, t):
+        """The texts of task t alone: one task, with one prompt set."""
+        rows, one = torch.where(self.mine[t])[0], copy.copy(self)
+        one.tokens, one.mine = self.tokens[rows], self.mine[t:t + 1, rows]
+        one.sets, one.start = torch.zeros(len(rows), dtype=torch.long), self.start[:1] * 0
+        return one
+
     def classifiers(self, text_features):
         """Each task's unit-length classifier [C_t, D], from text features [C, D]."""
         unit = F.normalize(text_features, dim=-1)
@@ -450,10 +632,42 @@ def task_losses(model, image_features, text_features, labels, task, texts):
     return members @ losses / members.sum(dim=1).clamp(min=1)
 
 
-def of_present(losses, task):
+def nan_where_absent(losses, task):
     """The tasks' losses [N], with NaN for those that have no image in the batch, for `Run.log`."""
     present = torch.zeros_like(losses, dtype=torch.bool).index_fill(0, task, True)
     return losses.detach().masked_fill(~present, math.nan)
+
+
+_views = None                                   # (lists, settings, data.Views) of a training
+_view_features = weakref.WeakKeyDictionary()    # Images -> (model, key, features [n, views, D])
+
+
+class PairMean(nn.Module):
+    """The mean [N, N] of what is measured of pairs of tasks, each over the steps that have images
+    of both."""
+
+    def __init__(self, n_tasks):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(n_tasks, n_tasks))
+        self.register_buffer("steps", torch.zeros(n_tasks, n_tasks))
+
+    def add(self, values, task):
+        """Add a step's values [N, N]; task [B]: the tasks of its images."""
+        present = torch.isin(torch.arange(len(values), device=task.device), task)
+        both = present[:, None] & present
+        self.total += values * both
+        self.steps += both
+
+    def mean(self):
+        """The means so far, 0 where there is none."""
+        return self.total / self.steps.clamp(min=1)
+
+
+def steps_per_epoch(args, tasks):
+    """How many steps `batches` yields in every epoch."""
+    sizes = [len(task.train) for task in tasks]
+    images = sum(sizes) if args.batches == "mixed" else max(sizes)
+    return math.ceil(images / args.batch_size)
 
 
 def batches(args, model, tasks, frozen=False):
@@ -465,50 +679,72 @@ def batches(args, model, tasks, frozen=False):
     tasks, every image once. All draws are made from PyTorch's global generator before the first
     step. args.views: fixed views per image; 0 draws fresh ones. frozen: no image prompts are
     trained, so with fixed views each view is encoded once, and its features [B, D] are yielded.
+    Worker processes start with the first epoch of the tasks, and `close_loader` ends them.
     """
     lists, size = [task.train for task in tasks], model.visual.input_resolution
     device, seed = model.logit_scale.device, args.seeds[0]
     sizes = [len(images) for images in lists]
     steps = datasets.plan(sizes, args.batch_size, args.batches == "mixed", args.views)
-    augment = [task.augment for task in tasks]
+    settings = dict(size=size, seed=seed, min_crop=args.min_crop,
+                    augment=[task.augment for task in tasks], workers=args.workers)
 
-    def rendered(lists, steps):
-        for images, labels, task in datasets.rendered(lists, steps, size, seed, args.min_crop,
-                                                      augment, args.workers):
+    def rendered(steps):
+        for images, labels, task in open_views(lists, settings).steps(steps):
             yield datasets.normalise(images.to(device)), labels.to(device), task.to(device)
 
     if not (frozen and args.views):
-        yield from rendered(lists, steps)
+        yield from rendered(steps)
         return
-    kept = []
-    for t, images in enumerate(lists):
-        key = (t, seed, size, args.views, args.min_crop, augment[t],
+
+    def encoded(t):
+        """The features [n, views, D] of the views of task t's images, computed once."""
+        key = (t, seed, size, args.views, args.min_crop, tasks[t].augment,
                getattr(model, "precision", "auto"))
-        kept_for, kept_key, features = getattr(images, "view_features", (None, None, None))
-        if kept_for is not model or kept_key != key:
-            every = [(t, i, view) for i in range(len(images)) for view in range(args.views)]
+        known_model, known_key, features = _view_features.get(lists[t], (None, None, None))
+        if known_model is not model or known_key != key:
+            every = [(t, i, view) for i in range(sizes[t]) for view in range(args.views)]
             chunks = [every[k:k + 100] for k in range(0, len(every), 100)]
             with torch.no_grad():
-                x = [encode_image(model, chunk) for chunk, _, _ in rendered(lists, chunks)]
-            features = torch.cat(x).unflatten(0, (-1, args.views))              # [n, views, D]
-            images.view_features = model, key, features
-        kept.append(features)
+                x = [encode_image(model, chunk) for chunk, _, _ in rendered(chunks)]
+            features = torch.cat(x).unflatten(0, (-1, args.views))
+            _view_features[lists[t]] = model, key, features
+        return features
+
+    features = [encoded(t) for t in range(len(tasks))]
+    close_loader()                          # no step needs its images
     for step in steps:
-        yield (torch.stack([kept[t][i, view] for t, i, view in step]),
+        yield (torch.stack([features[t][i, view] for t, i, view in step]),
                datasets.label_tensor([lists[t].labels[i] for t, i, _ in step]).to(device),
                torch.tensor([t for t, _, _ in step], device=device))
+
+
+def open_views(lists, settings):
+    """The data.Views of some lists of images; those of other lists are closed."""
+    global _views
+    if _views is None or _views[:2] != (lists, settings):
+        close_loader()
+        _views = lists, settings, datasets.Views(lists, **settings)
+    return _views[2]
+
+
+def close_loader():
+    """End the worker processes of a training."""
+    global _views
+    if _views is not None:
+        _views[2].close()
+    _views = None
 
 
 # ------------------------------------------------------------------------------------- evaluation
 
 ROOM = 4 * 2**30                # bytes of decoded test images that a process keeps
 _kept = {}                      # (image, size) -> its pixels
-_plain = {}                     # (image, backbone) -> CLIP's own image features
+_plain = weakref.WeakKeyDictionary()        # backbone -> {image: CLIP's own features of it}
 
 
-def _keys(images, mark):
+def _keys(images, size):
     """A dictionary key for each image: its path, its place in a sheet, or the object itself."""
-    return [(images.read, id(item) if isinstance(item, np.ndarray) else item, mark)
+    return [(images.read, id(item) if isinstance(item, np.ndarray) else item, images.crop, size)
             for item in images.items]
 
 
@@ -526,7 +762,8 @@ def _pixels(images, size, workers):
         position += len(chunk)
         for i, picture in zip(chunk, batch):
             if len(_kept) * 3 * size * size < ROOM:
-                _kept[keys[i]] = picture.clone(), images.items[i]               # the item lives on
+                picture = picture.clone(memory_format=torch.contiguous_format)
+                _kept[keys[i]] = picture, images.items[i]                       # the item lives on
         yield chunk, batch
 
 
@@ -539,47 +776,60 @@ def image_features(model, images, prompts=None, workers=None, tuned=None):
     whatever is scored on it.
     """
     device, size = model.logit_scale.device, model.visual.input_resolution
-    keys = _keys(images, id(model))
+    keys, known = _keys(images, size), _plain.setdefault(model, {})
     prompted, twice = [None] * len(keys), prompts is not None or tuned is not None
-    if twice or any(key not in _plain for key in keys):
+    if twice or any(key not in known for key in keys):
         for chunk, batch in progress(_pixels(images, size, workers), "score"):
             x = datasets.normalise(batch.to(device))
-            todo = [j for j, i in enumerate(chunk) if keys[i] not in _plain]
+            todo = [j for j, i in enumerate(chunk) if keys[i] not in known]
             if todo:
                 for j, feature in zip(todo, encode_image(model, x[todo])):
-                    _plain[keys[chunk[j]]] = feature, images.items[chunk[j]], model
+                    known[keys[chunk[j]]] = feature, images.items[chunk[j]]
             if twice:
                 for i, feature in zip(chunk, encode_image(tuned or model, x, prompts)):
                     prompted[i] = feature
-    plain = torch.stack([_plain[key][0] for key in keys])
+    plain = torch.stack([known[key][0] for key in keys]).to(device)
     labels = datasets.label_tensor(images.labels).to(device)
     return plain, torch.stack(prompted) if twice else plain, labels
 
 
 @torch.no_grad()
-def evaluate(args, model, tasks, classifiers, image_prompts=None, select=None, tuned=None):
-    """Zero-shot CLIP's and a method's score on the test images of every task, in %.
+def task_logits(args, model, tasks, t, classifiers, image_prompts=None, select=None, tuned=None):
+    """A method's logits [n, C_t] of task t's test images, their frozen features [n, D], and labels.
 
-    classifiers: [C_t, D] per task, multiplied with unit-length image features, or a function of
-    these [n, D] that returns cosines [n, C_t]. image_prompts: [L, S, n, d], S = 1 or N. select(x,
-    t): what a method makes of a task's image features [n, D]. tuned: the CLIP to encode images
-    with, where it is not the frozen one.
+    classifiers: per task a matrix [C_t, D], multiplied with unit-length image features and scaled
+    by exp(logit_scale), or a function of these features [n, D] that returns logits.
+    image_prompts: [L, S, n, d], S = 1 or N. select(x, t): what a method makes of a task's image
+    features [n, D]. tuned: the CLIP to encode images with, where it is not the frozen one.
+    Raises UserError where a logit is not a number.
+    """
+    prompts = None if image_prompts is None else image_prompts[:, t % image_prompts.shape[1]]
+    frozen, x, labels = image_features(model, tasks[t].test, prompts, args.workers, tuned)
+    if select is not None:
+        x = select(x, t)
+    x, classifier = F.normalize(x, dim=-1), classifiers[t]
+    if callable(classifier):
+        found = classifier(x)
+    else:
+        found = (tuned or model).logit_scale.exp() * x @ classifier.t()
+    if found.isnan().any():
+        raise UserError(f"the training diverged: the features of {tasks[t].name} are no longer "
+                        "numbers: use a smaller --lr in another --out")
+    return found, frozen, labels
+
+
+def evaluate(args, model, tasks, classifiers, **how):
+    """Zero-shot CLIP's and a method's accuracy on the test images of every task, in %.
+
+    classifiers and how: as `task_logits` takes them.
     Returns dict(zero_shot=[N numbers], accuracy=[N numbers]).
     """
-    scores, scale = dict(zero_shot=[], accuracy=[]), model.logit_scale.exp()
-    own_scale = (tuned or model).logit_scale.exp()
-    for t, (task, own, w) in enumerate(
-        zip(tasks, zero_shot_classifiers(model, tasks), classifiers)
-    ):
-        prompts = None if image_prompts is None else image_prompts[:, t % image_prompts.shape[1]]
-        plain, x, labels = image_features(model, task.test, prompts, args.workers, tuned)
-        if select is not None:
-            x = select(x, t)
-        scores["zero_shot"].append(
-            score(task.metric, scale * F.normalize(plain, dim=-1) @ own.t(), labels))
-        x = F.normalize(x, dim=-1)
-        cosine = w(x) if callable(w) else x @ w.t()
-        scores["accuracy"].append(score(task.metric, own_scale * cosine, labels))
+    scores = dict(zero_shot=[], accuracy=[])
+    for t, zero_shot in enumerate(zero_shot_classifiers(model, tasks)):
+        found, frozen, labels = task_logits(args, model, tasks, t, classifiers, **how)
+        metric = tasks[t].metric
+        scores["zero_shot"].append(apply_metric(metric, logits(model, frozen, zero_shot), labels))
+        scores["accuracy"].append(apply_metric(metric, found, labels))
     return scores
 
 
@@ -590,33 +840,19 @@ def zero_shot_classifiers(model, tasks):
     return texts.classifiers(encode_text(model, texts.tokens))
 
 
-def score(metric, scores, labels):
-    """A task's metric, in %, from scores [n, C] and labels [n] (or [n, W], several per image).
+def apply_metric(metric, logits, labels):
+    """A task's metric, in %, of logits [n, C] and labels [n] (or [n, W], several per image).
 
-    "accuracy", "mean per class" (the classes weigh equally), "ROC AUC" (two classes), "11-point
-    mAP", or a function of both.
+    "accuracy", "mean per class" (the classes weigh equally), "11-point mAP", or a function of both.
     """
     if callable(metric):
-        return metric(scores, labels)
-    if metric == "ROC AUC":
-        return roc_auc(scores.double().cpu(), labels.cpu())
+        return metric(logits, labels)
     if metric == "11-point mAP":
-        return mean_average_precision(scores.double().cpu(), labels.cpu())
-    hits, labels = (scores.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
+        return mean_average_precision(logits.cpu().double(), labels.cpu())
+    hits, labels = (logits.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
     if metric == "accuracy":
         return 100 * hits.mean().item()
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
-
-
-def roc_auc(scores, labels):
-    """The area under the ROC curve of class 1, ranked by its softmax probability, in %.
-
-    50, which is chance, where all images are of one class.
-    """
-    from sklearn.metrics import roc_auc_score
-    if len(labels.unique()) < 2:
-        return 50.0
-    return 100 * float(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
 
 
 def mean_average_precision(scores, labels):
@@ -639,13 +875,25 @@ def mean_average_precision(scores, labels):
 
 # -------------------------------------------------------- optimizers, and gradients that disagree
 
-def sgd(args, prompts, momentum, weight_decay):
-    """SGD and its schedule: a cosine that steps once an epoch, or with --schedule constant none."""
-    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=momentum,
-                                weight_decay=weight_decay)
-    if getattr(args, "schedule", "cosine") == "constant":
-        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+def sgd(args, prompts):
+    """SGD and its schedule, with momentum 0.9 and weight decay 5e-4: the defaults of Dassl, on
+    which CoOp's, MaPLe's and JSCPT's programs run."""
+    optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    return optimizer, scheduled(args, optimizer)
+
+
+def scheduled(args, optimizer):
+    """A learning rate that changes once an epoch: a cosine, or with --schedule constant none.
+
+    Of args.epochs the first args.warm_up have CoOp's 1e-5, and the cosine begins behind them.
+    """
+    def factor(epoch):
+        if epoch < args.warm_up:
+            return 1e-5 / args.lr
+        if getattr(args, "schedule", "cosine") == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (epoch - args.warm_up) / args.epochs)) / 2
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 # Each takes the tasks' gradients [N, P] and returns the direction [P] to descend along.
@@ -669,11 +917,11 @@ def imtl(grads):
     With u_i = g_i / |g_i|, D = [g_1 - g_i] and U = [u_1 - u_i], i = 2..N:
     a_2..N = g_1 U^T (D U^T)^-1. A singular D U^T is solved by least squares.
     """
-    g = grads.double()
+    g = grads.cpu().double()            # not every GPU has float64
     units = g / g.norm(dim=1, keepdim=True).clamp(min=1e-300)
     D, U = g[:1] - g[1:], units[:1] - units[1:]
     a = torch.linalg.pinv(D @ U.t()).t() @ (U @ g[0])
-    return ((1 - a.sum()) * g[0] + a @ g[1:]).to(grads.dtype)
+    return ((1 - a.sum()) * g[0] + a @ g[1:]).to(grads)
 
 
 def cagrad(grads, c=0.5, steps=300):
@@ -684,7 +932,7 @@ def cagrad(grads, c=0.5, steps=300):
     d = g_0 + c |g_0| g_w / |g_w|. c = 0.5 (choice: its experiments have 0.4 to 0.9). Solved by
     exponentiated gradient descent on the Gram matrix.
     """
-    gram = (grads @ grads.t()).double()
+    gram = (grads @ grads.t()).cpu().double()       # small, and read in every step of the solver
     scale = gram.diagonal().mean().clamp(min=1e-300)
     gram, w = gram / scale, gram.new_full((len(grads),), 1 / len(grads))
     to_mean, radius = gram.mean(1), c * gram.mean().clamp(min=0).sqrt()     # g_i . g_0 and c |g_0|
@@ -703,14 +951,36 @@ def cagrad(grads, c=0.5, steps=300):
             w, rate = tried, 1.5 * rate
         else:
             rate = rate / 2
-    return grads.mean(0) + (radius / length(w)).to(grads.dtype) * (w.to(grads.dtype) @ grads)
+    return grads.mean(0) + (radius / length(w) * w).to(grads) @ grads
 
 
 # --------------------------------------------------------------------------------------- settings
 
+@dataclass(frozen=True)
+class AtLeast:
+    """The range of a setting, beside it: `groups: Annotated[int, AtLeast(1)] = 2`."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False          # whether the lower bound itself is out of range
+
+    def __contains__(self, value):
+        above = value > self.least if self.open else value >= self.least
+        return above and value <= self.most and value < math.inf
+
+    def __str__(self):
+        most = f" and at most {self.most:g}" if self.most < math.inf else ""
+        return f"{'above' if self.open else 'at least'} {self.least:g}{most}"
+
+
+Count = Annotated[int, AtLeast(1)]
+Rate = Annotated[float, AtLeast(0, open=True)]
+Share = Annotated[float, AtLeast(0, 1, open=True)]
+
+
 @dataclass
-class Args:
-    """What all methods share; a method file adds its own settings and sets the paper's values."""
+class DataArgs:
+    """What is scored, and where: the settings of every command that reads tasks."""
 
     # benchmark (data/README.md), folder domain/class/*.jpg, name=path; or several
     data: str = "emoji"
@@ -723,146 +993,165 @@ class Args:
     download: bool = False  # first fetch --data into --root, where torchvision can
     device: str | None = None  # cpu, cuda, cuda:1, ... (default: CUDA where there is one)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
-    workers: int | None = None  # processes that read images; 0 works everywhere
-    epochs: int = 5  # epochs of training
-    lr: float = 0.0035  # learning rate
-    batch_size: int = 16  # images per task in a step; of all tasks with --batches mixed
-    batches: Literal["tasks", "mixed"] = "tasks"  # a batch of every task, or of the shuffled union
-    n_ctx: int = 16  # prompt length b
-    views: int = 0  # fixed augmented views per image; 0 draws fresh ones every epoch
-    min_crop: float = 0.08  # smallest part of an image's area that a view shows (Dassl's 0.08)
+    # processes that read images; 0 works everywhere
+    workers: Annotated[int, AtLeast(0)] | None = None
     out: str | None = None  # folder of this run (default: one of its own under runs/)
     resume: bool = False  # go on with the run in --out, with the settings saved there
-    eval: str | None = None  # score this prompts.pt instead of training; writes nothing
     validate: bool = False  # hold out 20% of the training images and score on them
-    checkpoint: bool = False  # recompute layers in the backward pass: less memory, more time
     plot: bool = False  # also draw figures into the run folder
 
 
-def parse(Args, doc, argv=None, tiny=None, of_data=None, own=None):
-    """Parse flags, inherit saved settings for --resume and --eval, fill in defaults, validate.
+@dataclass
+class TrainArgs(DataArgs):
+    """What all trained methods share."""
 
-    Args: a method's settings, with the paper's values as defaults; tiny: the built-in backbone's
-    own, of_data: those that a paper gives a dataset, own(args): those that follow from other
-    settings; tiny may be such a function, too. tiny overrides own, own of_data, and a given flag
-    all of them. --resume and --eval inherit saved settings.
+    epochs: Count = 5  # epochs of training
+    lr: Rate = 0.0035  # learning rate
+    warm_up: Annotated[int, AtLeast(0)] = 0  # of the epochs, those at CoOp's rate of 1e-5, first
+    batch_size: Count = 16  # images per task in a step; of all tasks with --batches mixed
+    batches: Literal["tasks", "mixed"] = "tasks"  # a batch of every task, or of the shuffled union
+    # fixed augmented views per image; 0 draws fresh ones every epoch
+    views: Annotated[int, AtLeast(0)] = 0
+    min_crop: Share = 0.08  # smallest part of an image's area that a view shows (Dassl's 0.08)
+    eval: str | None = None  # score this prompts.pt instead of training; writes nothing
+    recompute: bool = False  # recompute layers in the backward pass: less memory, more time
+
+
+@dataclass
+class Args(TrainArgs):
+    """What the method files share; each adds its own settings and sets the paper's values."""
+
+    n_ctx: Count = 16  # prompt length b
+
+
+# settings that a resumed run may change, and those that say what --eval scores
+FREE = {"out", "plot", "device", "root", "download", "workers", "recompute"}
+SCORED = {"data", "split", "shots", "seeds", "validate"}
+
+
+def parse(method, argv=None):
+    """The settings of a run of a method, checked.
+
+    Which value counts, highest first: a flag, the saved run's value (--resume, --eval),
+    `method.defaults(args)`, the class default.
     Raises UserError, and SystemExit(2) where tyro rejects a flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    flags = (re.fullmatch(r"--(?:no-)?([a-z][a-z_-]*)(=.*)?", word) for word in argv)
-    given = {match[1].replace("-", "_") for match in flags if match}
+    inherits = any(word.split("=")[0] in ("--resume", "--eval") for word in argv)
+    # a switch that a saved run has on can be given as --no-x; else only what changes the default
+    kind = method.Args if inherits else tyro.conf.FlagCreatePairsOff[method.Args]
 
-    # --x and --no-x each where a saved setting is the default; else only what changes the default
-    kind = Args if {"resume", "eval"} & given else tyro.conf.FlagCreatePairsOff[Args]
+    def read(**defaults):
+        default = replace(method.Args(), **defaults)
+        args = tyro.cli(kind, args=argv, default=default, prog=method.command,
+                        description=inspect.cleandoc(method.doc or ""))
+        return absolute(args)
 
-    def read(default):
-        return tyro.cli(kind, args=argv, default=default,
-                        description=inspect.cleandoc(doc or ""), prog=script_of(Args.method))
-
-    args = _absolute(read(Args()))
-    if args.resume and args.eval:
-        raise UserError("--resume continues a training and --eval scores a finished one: "
-                        "give one of them")
-    saved, owner = {}, ""
-    if args.resume:
-        if args.out is None:
-            raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        owner, free = f"the run in {args.out}", Run.FREE
-        saved = saved_settings(args)
-    elif args.eval:
-        owner, free = args.eval, Run.FREE | {"data", "split", "shots", "seeds", "validate"}
-        saved = load_prompts(args.eval, Args.method)["settings"]
-        saved = {key: value for key, value in saved.items() if key not in ("out", "plot")}
-    else:
-        usual = dict((of_data or {}).get(args.data.split(":")[0], {}))
-        usual.update(own(args) if own else {})
-        built_in = datasets.built_in_shots(args.data) is not None
-        if args.clip == "tiny" or built_in and "clip" not in given:
-            usual.update(_of_tiny(tiny, args), clip="tiny")
-        args = _absolute(read(replace(Args(), **usual)))
-    if saved:
-        kinds = get_type_hints(Args)
-        saved = {key: tuple(value) if isinstance(value, list) else value     # JSON has no tuples
-                 for key, value in saved.items() if key in kinds}
-        for key, value in saved.items():
-            if not _is_a(kinds[key], value):
-                raise UserError(f"{owner} is damaged (its setting '{key}' has a value that the "
-                                "flag does not take): start another run in another --out")
-        if args.eval and {"split", "shots"} & given:
-            saved.update(split=None, shots=None)
-        merged = _absolute(read(replace(Args(), **saved)))
-        for key in sorted(given & saved.keys()):
-            now, then = getattr(merged, key), saved[key]
-            if key not in free and now != then:
-                default = getattr(Args, key, None)
-                raise UserError(f"{owner} was started {said(key, then, default)}, not "
-                                f"{said(key, now, default)}: leave the flag out, or start another "
-                                "run in another --out")
-        args = replace(merged, out=args.out, resume=args.resume, eval=args.eval)
-    _validate(args)
-    return args
+    if inherits:
+        return checked(method, inherited(method, read))
+    built_in = datasets.built_in_shots(read().data) is not None
+    usual = dict(clip="tiny") if built_in else {}
+    usual.update(method.defaults(read(**usual)))
+    return checked(method, read(**usual))
 
 
-def script_of(method):
-    """The words that start a method: "mmap.py", or "common.py finetune"."""
-    return "common.py finetune" if method == "finetune" else f"{method}.py"
-
-
-def _of_tiny(tiny, args):
-    """The built-in backbone's own settings."""
-    return tiny(args) if callable(tiny) else tiny or {}
-
-
-def _is_a(kind, value):
-    """Whether a saved value has the type of its field, such as `int | None` or a Literal."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(get_args(kind)[0], x) for x in value)
-    if get_args(kind):
-        return any(_is_a(one, value) for one in get_args(kind))
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _absolute(args):
+def absolute(args):
     """Paths with ~ expanded, and absolute, so that a saved run can be used from anywhere."""
-    paths = {}
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.name in ("root", "out", "eval", *getattr(args, "PATHS", ())) and value:
-            paths[field.name] = str(datasets.expand(value))
-    if args.clip not in clip.available_models() and datasets.expand(args.clip).is_file():
+    paths = {key: str(datasets.expand(getattr(args, key)))
+             for key in ("root", "out", "eval", *getattr(args, "PATHS", ()))
+             if getattr(args, key, None)}
+    if args.clip not in BACKBONES and datasets.expand(args.clip).is_file():
         paths["clip"] = str(datasets.expand(args.clip))
     return replace(args, data=datasets.absolute(args.data), **paths)
 
 
-def _validate(args):
-    """Fill in what depends on the machine and the data; raise UserError for values out of range."""
+def inherited(method, read):
+    """The settings of the run that --resume continues or --eval scores, and the flags on top."""
+    given = read()
+    if given.resume and getattr(given, "eval", None):
+        raise UserError("--resume continues a training and --eval scores a finished one: "
+                        "give one of them")
+    if given.resume and not given.out:
+        raise UserError("--resume needs --out DIR, the folder of the run to go on with")
+    if given.resume:
+        owner, free = f"the run in {given.out}", FREE
+        saved = load_json(Path(given.out) / "settings.json", "method", "data", "seeds")
+    else:
+        owner, free = given.eval, FREE | SCORED
+        saved = load_prompts(given.eval, method.name)["settings"]
+    if saved["method"] != method.name:
+        with usable(owner):
+            raise UserError(f"{owner} is one of {saved['method']}: use "
+                            f"{command_of(saved['method'])}")
+    with usable(owner), warnings.catch_warnings():
+        warnings.simplefilter("error")      # tyro warns where a value has another type
+        usual = {key: tuple(value) if isinstance(value, list) else value    # JSON has no tuples
+                 for key, value in saved.items() if key in asdict(given)}
+        usual.update(out=None, resume=False, plot=given.resume and usual["plot"])
+        args = read(**usual)
+        check_ranges(args)
+    default = method.Args()
+    for key in sorted(usual.keys() - free - {"resume", "eval"}):
+        then, now = usual[key], getattr(args, key)
+        if now != then and not moved(then):
+            raise UserError(f"{owner} was started {said(key, then, getattr(default, key))}, not "
+                            f"{said(key, now, getattr(default, key))}: leave the flag out, or "
+                            "start another run in another --out")
+    if not given.resume and args.split != usual["split"] and args.shots == usual["shots"]:
+        args.shots = None
+    elif not given.resume and args.shots != usual["shots"] and args.split == usual["split"]:
+        args.split = None
+    return args
+
+
+def moved(value):
+    """Whether a saved setting names files, and one of them is no longer where it was."""
+    paths = [Path(part) for part in re.split("[,=]", str(value)) if part.startswith("/")]
+    return not all(path.exists() for path in paths)
+
+
+def checked(method, args):
+    """Settings with the shots filled in; UserError for values out of range and contradictions."""
     check_clip(args.clip)
+    check_ranges(args)
+    method.check(args, None)
+    if isinstance(args, TrainArgs):
+        check_warm_up(method, args)
     if args.split is None and args.shots is None:
         args.shots = datasets.built_in_shots(args.data)
         if args.shots is None:
             if not args.download:
-                datasets.find_listings(args.data, args.root)    # tells of a misspelt name first
+                datasets.find_listings(args.data, args.root)    # a misspelt name first
             raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, "
                             "such as --shots 4")
-    for key, least in dict(epochs=1, batch_size=1, n_ctx=1, views=0, workers=0).items():
+    return args
+
+
+def check_warm_up(method, args):
+    """UserError where a warm-up leaves nothing of the training, or comes before no cosine."""
+    if args.warm_up >= args.epochs and args.warm_up != method.Args().warm_up:
+        raise UserError(f"--warm-up {args.warm_up} leaves nothing of --epochs {args.epochs}: give "
+                        "fewer")
+    if args.warm_up and getattr(args, "schedule", "cosine") == "constant":
+        raise UserError("--warm-up comes before a cosine, and --schedule constant has none: leave "
+                        "one of them out")
+
+
+def check_ranges(args):
+    """UserError where a number is outside the range that stands beside its setting."""
+    for key, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, key)
-        if value is not None and value < least:
-            raise UserError(f"--{key.replace('_', '-')} {value} is too small: give {least} or more")
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr {args.lr} is no learning rate: give a number above 0")
-    if not 0 < args.min_crop <= 1:
-        raise UserError(f"--min-crop {args.min_crop} is no part of an image: give a number above 0 "
-                        "and up to 1")
-    args.seeds = tuple(args.seeds)
-    if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give whole numbers from 0 up, "
-                        "each once")
-    args.device = checked_device(args.device)
+        for kind in (hint, *get_args(hint)):
+            for bounds in getattr(kind, "__metadata__", ()):
+                if isinstance(value, (int, float)) and value not in bounds:
+                    raise UserError(f"--{key.replace('_', '-')} must be {bounds}, not {value}")
+    seeds = set(args.seeds)
+    if len(seeds) < max(len(args.seeds), 1) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError("--seeds takes different whole numbers from 0 to 2**32 - 1, not "
+                        f"{' '.join(map(str, args.seeds))}")
 
 
-def checked_device(device):
+def chosen_device(device):
     """The device to use: `device`, or by default CUDA where there is one; UserError without it."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -873,7 +1162,7 @@ def checked_device(device):
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not there ({datasets.brief(error)}): "
+        raise UserError(f"--device {device} is not available ({datasets.brief(error)}): "
                         "use --device cpu") from error
     return device
 
@@ -891,11 +1180,10 @@ def said(key, value, default=None):
     return f"with {flag} {words}"
 
 
-def variant_of(args, tiny=None):
-    """The method's own settings that are not the paper's, in words, or None."""
-    shared, usual = {field.name for field in fields(Args)}, type(args)()
-    if args.clip == "tiny":
-        usual = replace(usual, **_of_tiny(tiny, args))
+def variant_of(method, args):
+    """The method's own settings that are not its defaults, in words, or None."""
+    shared = {field.name for field in fields(Args)}
+    usual = replace(method.Args(), **method.defaults(args))
     words = []
     for field in fields(args):
         value, default = getattr(args, field.name), getattr(usual, field.name)
@@ -904,17 +1192,26 @@ def variant_of(args, tiny=None):
     return ", ".join(words) or None
 
 
-# -------------------------------------------------------------------------------- the run folder
+def agree(args, saved, keys, owner):
+    """Raise UserError where the settings `saved` with `owner` are not those of this run."""
+    for key in keys:
+        if saved.get(key) != getattr(args, key):
+            raise UserError(f"{owner} is of a run {said(key, saved.get(key))}, not "
+                            f"{said(key, getattr(args, key))}: use the same, or leave the file out")
+
+
+# ---------------------------------------------------------------------------------- files of a run
 
 def seed_everything(*names):
     """Seed Python, NumPy and PyTorch from names such as (seed, phase, epoch).
 
     Every epoch starts here, so a checkpoint needs no random state. On a GPU the backward pass of
-    fused attention stays free in its last bits.
+    fused attention is not bitwise deterministic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # every new tensor, with NaN
     number = zlib.crc32("/".join(map(str, names)).encode())
     random.seed(number)
     np.random.seed(number)
@@ -923,14 +1220,17 @@ def seed_everything(*names):
 
 def write_whole(path, content):
     """Write text or bytes under a temporary name and rename it: the file is there whole or not."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another "
-                        "--out") from error
+
+
+def write_json(path, content):
+    """A JSON file, as `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def save_whole(path, content):
@@ -940,229 +1240,180 @@ def save_whole(path, content):
     write_whole(path, buffer.getvalue())
 
 
-def load_saved(path, what, kinds, remedy):
-    """A dict from `torch.save`, read without running any code in it.
-
-    kinds: {key: type} that it has to hold. Raises UserError where the file is not what it should
-    be.
-    """
+@contextlib.contextmanager
+def usable(path, remedy="start another run in another --out"):
+    """Whatever fails while a saved file is read and taken over is one line that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # truncated, foreign and malicious files fail in many ways
-        raise UserError(f"{path} is not {what} of this project ({_unreadable(error)}): "
+            yield
+    except UserError:
+        raise
+    except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
+            AttributeError, RuntimeError, AssertionError, Warning) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else _unreadable(error)
+        raise UserError(f"{path} cannot be used, it is damaged or of another kind ({why}): "
                         f"{remedy}") from error
-    if not isinstance(saved, dict) or not all(
-            isinstance(saved.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} is not {what} of this project (it holds something else): {remedy}")
+
+
+def load_saved(path, *keys):
+    """A dict with some keys from `torch.save`, read without running any code in it."""
+    with usable(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(saved, dict) and set(keys) <= saved.keys(), "it holds something else"
     return saved
 
 
-def load_prompts(path, method):
-    """A run's prompts.pt: its method, settings, tasks, templates, trained_on and prompts."""
-    kinds = dict(
-        method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
-    )
-    saved = load_saved(
-        path, "a prompts.pt", kinds, f"give the prompts.pt that a run of {method} wrote"
-    )
-    if saved["method"] != method:
-        raise UserError(f"{path} holds prompts of {saved['method']}, not of {method}: "
-                        f"use {script_of(saved['method'])} --eval {path}")
+def load_json(path, *keys):
+    """A JSON file of a run folder, a dict with some keys."""
+    if not path.is_file():
+        raise UserError(f"there is no run in {path.parent} (no {path.name}): give the folder of "
+                        "one, or leave out --resume to start one")
+    with usable(path):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(saved, dict) and set(keys) <= saved.keys(), "it holds something else"
     return saved
 
 
-def saved_settings(args):
-    """The settings.json of the run in args.out."""
-    path = Path(args.out) / "settings.json"
-    saved = read_json(path)
-    if not isinstance(saved, dict) or not {"method", "data", "seeds"} <= saved.keys():
-        raise UserError(f"{path} does not hold the settings of a run: start one in another --out")
-    if saved["method"] != args.method:
-        raise UserError(f"the run in {args.out} is one of {saved['method']}: "
-                        f"use {script_of(saved['method'])} --resume --out {args.out}")
+def load_prompts(path, name=None):
+    """A run's prompts.pt: its method, settings, tasks, templates, trained_on and prompts.
+
+    Raises UserError where it is damaged, or of another method than `name`.
+    """
+    path = datasets.expand(path)
+    saved = load_saved(path, "method", "settings", "tasks", "templates", "crops", "trained_on",
+                       "prompts")
+    if name not in (None, saved["method"]):
+        with usable(path):
+            raise UserError(f"{path} holds prompts of {saved['method']}, not of {name}: use "
+                            f"{command_of(saved['method'])} --eval {path}")
     return saved
 
 
-def read_json(path):
-    """A JSON file of a run folder; UserError where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no run to resume in {path.parent} (no {path.name}): leave out "
-                        "--resume to start one") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({datasets.brief(error)}): start the run again in "
-                        "another --out") from error
-
-
-def fingerprints(images, sizes=True):
-    """A hash (int64) per image: of the end of its path and its size, its place, or its pixels."""
-    found = []
-    for item in images.items:
-        if isinstance(item, np.ndarray):
-            text = item.tobytes()
-        elif isinstance(item, (str, Path)):
-            text = "/".join(Path(item).parts[-3:]).encode("utf-8", "surrogateescape")
-            text += str(os.path.getsize(item)).encode() if sizes else b""
-        else:
-            text = repr(_in_file(*item) if isinstance(item, tuple) else item).encode()
-        found.append(int.from_bytes(hashlib.sha1(text).digest()[:8], "big", signed=True))
-    return torch.tensor(found, dtype=torch.long)
-
-
-def _in_file(path, *place):
-    """What tells an image inside a file, wherever the file is: zip files of several datasets have
-    one name, so their folder counts too."""
-    path = Path(path)
-    name = f"{path.parent.name}/{path.name}" if path.suffix == ".zip" else path.name
-    return name, *place
-
-
-def contents(tasks):
-    """What a resumed run has to find again: each task's classes and a hash of its image lists."""
-    found = {}
-    for task in tasks:
-        lists = [fingerprints(x, sizes=False).tolist() for x in (task.train, task.test)]
-        found[task.name] = [*task.class_names, hashlib.sha1(repr(lists).encode()).hexdigest()]
-    return found
+def load_result(path):
+    """A run's result.json."""
+    return load_json(datasets.expand(path), "method", "tasks", "seeds", "settings", "accuracy")
 
 
 class Run:
-    """The folder of one run: settings.json, log.csv, prompts.pt, result.json, figures, checkpoints.
+    """The folder of one run: settings.json, log.csv, prompts.pt, result.json, figures.
 
-    checkpoint.pt holds the scores of finished seeds, checkpoint-PHASE.pt a phase of the present
-    seed. Making a Run only checks; `open` is the first to write.
+    Two more files are there until it ends: checkpoint.pt, the running phase, written every epoch,
+    and finished.pt, written when a phase ends: what finished phases left, the scores of finished
+    seeds, and the tasks. Making a Run only checks; `open` is the first to write.
     """
 
     latest = None
     interrupted = False         # Ctrl-C was pressed: stop after the epoch if nothing else stopped
-    # what a resumed run may change
-    FREE = {"out", "plot", "device", "root", "download", "workers", "checkpoint", "resume", "eval"}
-    FILES = ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt")
+    FILES = ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt",
+             "finished.pt")
 
     def __init__(self, args, settings):
         self.settings, self.resumed = settings, args.resume
-        self.folder = Path(args.out) if args.out else self._free_folder()
-        self.state = dict(method=args.method, data={}, finished={}, rows=[])
-        self.prompts, self.trained_on, self.phases, self.unit = {}, {}, {}, ""
-        if args.resume:
+        self.folder = Path(args.out) if args.out else Path("runs", self._name(settings)).absolute()
+        self.finished = dict(contents={}, scores={}, phases={}, rows=[])        # finished.pt
+        self.running = dict(seed=None, phase=None, rows=[])                     # checkpoint.pt
+        self.prompts, self.trained_on = {}, {}
+        if self.resumed:
             self._read()
             return
         for name in self.FILES:
-            if (self.folder / name).exists():
+            if args.out and (self.folder / name).exists():
                 raise UserError(f"--out {self.folder} holds another run ({name}): choose another "
                                 "folder, or --resume to go on with it")
-        nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(
-                f"--out {self.folder} cannot be written, because {nearest} is a file or "
-                "read-only: choose another folder"
-            )
+        check_writable(self.folder)
+
+    def _name(self, settings):
+        names = [Path(name).name for name in settings["data"].split(",")]
+        data = re.sub(r"[^\w.-]+", "-", "-".join(names))[:60]
+        return f"{settings['method']}-{data}-{settings['shots'] or settings['split']}"
 
     def _read(self):
-        remedy = "start the run again in another --out"
-        if (self.folder / "checkpoint.pt").exists():
-            kinds = dict(method=str, data=dict, finished=dict, rows=list)
-            self.state = load_saved(self.folder / "checkpoint.pt", "a checkpoint", kinds, remedy)
-        if (self.folder / "prompts.pt").exists():
-            saved = load_saved(self.folder / "prompts.pt", "a prompts.pt",
-                               dict(prompts=dict, trained_on=dict), remedy)
+        finished, running, prompts = (self.folder / name for name in
+                                      ("finished.pt", "checkpoint.pt", "prompts.pt"))
+        if finished.exists():
+            self.finished = load_saved(finished, *self.finished)
+        if running.exists():
+            last = load_saved(running, "seed", "phase", "epoch", "seconds", "rows", "parts")
+            ended = last["phase"] in self.finished["phases"]
+            if not ended and last["seed"] not in self.finished["scores"]:
+                self.running = last             # else its rows and its end are in finished.pt
+        if prompts.exists():
+            saved = load_prompts(prompts)
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
-
-    def _free_folder(self):
-        data = re.sub(r"[^\w.-]+", "-", "-".join(map(lambda name: Path(name).name,
-                                                     self.settings["data"].split(","))))[:60]
-        size = self.settings["shots"] or self.settings["split"]
-        base = f"{self.settings['method']}-{data}-{size}"
-        return next(path for path in (Path("runs", f"{base}-{i}").absolute()
-                                      for i in range(1, 10**6)) if not path.exists())
 
     def open(self, found):
         """Make the folder and note the settings; `found` are the tasks' `contents`, by seed."""
-        if self.state["data"] and self.state["data"] != found:
-            raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit the data as it is now "
+        if self.finished["contents"] not in ({}, found):
+            raise UserError(f"{self.folder / 'finished.pt'} does not fit the data as it is now "
                             "(tasks, classes or images): start the run again in another --out")
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            while not self.resumed and self.settings["out"] is None:
-                try:
-                    self.folder.mkdir()
-                    break
-                except FileExistsError:     # a run that was started at the same moment was faster
-                    self.folder = self._free_folder()
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--out {self.folder} cannot be made ({error.strerror}): choose another folder"
-            ) from error
-        if self.resumed:
-            for part in self.folder.glob("*.part"):     # of a process killed while it wrote
-                part.unlink(missing_ok=True)
-        elif (self.folder / "settings.json").exists():
+        if self.settings["out"]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self.folder = numbered(self.folder)
+        if not self.resumed and (self.folder / "settings.json").exists():
             raise UserError(f"--out {self.folder} holds another run, which has just begun: "
                             "choose another folder")
-        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
-        self.state["data"] = found
+        write_json(self.folder / "settings.json", self.settings)
         Run.latest = self.folder
+        self.finished["contents"] = found
+        save_whole(self.folder / "finished.pt", self.finished)
 
-    def start_seed(self, seed):
-        """Begin (or go on with) the training of a seed; returns False where it has finished."""
-        self.seed, self.phases = seed, {}
-        return seed not in self.state["finished"]
+    def start(self, seed, task=""):
+        """Begin (or go on with) the training of a seed, with --single-task of one task under it."""
+        self.seed, self.task = seed, task
+        self.seed_phase("prompts")
 
     def seed_phase(self, phase):
         """Seed what a phase draws before its first epoch, such as the start of its prompts."""
-        seed_everything(self.seed, self.unit, phase, "start")
+        seed_everything(self.seed, self.task, phase, "start")
 
     def epochs(self, phase, n, **parts):
         """Yield the numbers of the epochs of a phase that are left, 0 .. n - 1.
 
-        Restores `parts` (things with state_dict and load_state_dict) where a checkpoint of this
-        phase exists, seeds every epoch from (seed, phase, epoch), and after each saves `parts` and
-        a row of the means of what `log` was given. A finished phase yields nothing.
+        Restores `parts` (things with state_dict and load_state_dict) where this phase has a
+        checkpoint, seeds every epoch from (seed, phase, epoch), and after each saves `parts` and a
+        row of the means of what `log` was given. A finished phase yields nothing, and leaves the
+        modules among `parts` as it ended them.
         Raises UserError where a loss or a parameter is no longer finite.
         """
-        phase = f"{self.unit}: {phase}" if self.unit else phase
-        mark = f"{re.sub('[^A-Za-z0-9]+', '-', phase)[:60]}-{zlib.crc32(phase.encode()):08x}"
-        path = self.folder / f"checkpoint-{mark}.pt"
-        saved = self.phases[phase] = self._restore(path, phase, parts)
-        bar = progress(range(saved["epoch"], n), phase)
-        for epoch in bar:
+        phase = f"{self.task}: {phase}" if self.task else phase
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        if phase in self.finished["phases"]:
+            self._restore(modules, "finished.pt", self.finished["phases"][phase])
+            return
+        if (self.running["seed"], self.running["phase"]) == (self.seed, phase):
+            self._restore(parts, "checkpoint.pt", self.running)
+        else:
+            self.running = dict(seed=self.seed, phase=phase, epoch=0, seconds=0.0, rows=[])
+        for epoch in progress(range(self.running["epoch"], n), phase):
             seed_everything(self.seed, phase, epoch)
             self.values, start = {}, time.time()
             yield epoch
-            row = self._row(phase, epoch)
-            self._check_finite(phase, epoch, row, parts)
-            saved["rows"].append(row)
-            saved.update(epoch=epoch + 1, seconds=saved["seconds"] + time.time() - start)
+            self._add_row(phase, epoch, modules)
+            self.running["seconds"] += time.time() - start
             states = {name: part.state_dict() for name, part in parts.items()}
-            found = self.state["data"].get(self.seed)
-            save_whole(path, dict(saved, seed=self.seed, phase=phase, parts=states, data=found))
+            self.running.update(epoch=epoch + 1, parts=states)
+            save_whole(self.folder / "checkpoint.pt", self.running)
             self._write_log()
             if Run.interrupted:
                 raise KeyboardInterrupt
+        self.finished["rows"] += self.running["rows"]
+        self.finished["phases"][phase] = dict(
+            seconds=self.running["seconds"],
+            parts={name: state_on_cpu(module) for name, module in modules.items()})
+        self.running = dict(seed=None, phase=None, rows=[])
+        save_whole(self.folder / "finished.pt", self.finished)
 
-    def _restore(self, path, phase, parts):
-        fresh = dict(epoch=0, seconds=0.0, rows=[])
-        if not self.resumed or not path.exists():
-            return fresh
-        remedy = "start the run again in another --out"
-        kinds = dict(seed=int, phase=str, epoch=int, seconds=float, rows=list, parts=dict)
-        saved = load_saved(path, "a checkpoint", kinds, remedy)
-        if saved["seed"] != self.seed or saved["phase"] != phase:
-            return fresh
-        if saved.get("data") != self.state["data"].get(self.seed):
-            raise UserError(f"{path} does not fit the data as it is now (tasks, classes or "
-                            f"images): {remedy}")
-        try:
-            for name, part in parts.items():
+    def once(self, phase, function, **parts):
+        """Call a function where the phase has not happened yet, and keep `parts` behind it."""
+        for _ in self.epochs(phase, 1, **parts):
+            function()
+
+    def _restore(self, parts, file, saved):
+        for name, part in parts.items():
+            with usable(self.folder / file):
                 part.load_state_dict(saved["parts"][name])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} does not fit the data as it is now "
-                            f"({datasets.brief(error)}): {remedy}") from error
-        return {key: saved[key] for key in fresh}
 
     def log(self, **values):
         """Note values of a step (numbers or tensors); log.csv gets their means over an epoch."""
@@ -1170,31 +1421,25 @@ class Run:
             value = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
             self.values.setdefault(name, []).append(value)
 
-    def _row(self, phase, epoch):
+    def _add_row(self, phase, epoch, modules):
         row = dict(seed=self.seed, phase=phase, epoch=epoch + 1)
         for name, values in self.values.items():
-            values = torch.stack(values).double().cpu()
+            values = torch.stack(values).cpu().double()
             if values.ndim == 1:
                 row[name] = values.mean().item()
             else:
                 mean = values.nanmean(dim=0)                    # NaN: a task without images
                 row[name] = json.dumps(mean.round(decimals=5).tolist())
-        return row
-
-    def _check_finite(self, phase, epoch, row, parts):
-        where = f"in epoch {epoch + 1} of phase '{phase}'"
-        remedy = "use a smaller --lr in another --out"
-        if not math.isfinite(row.get("loss", 0.0)):
-            raise UserError(f"the training diverged {where} (loss {row['loss']}): {remedy}")
-        for part in parts.values():
-            if isinstance(part, nn.Module):
-                if not all(p.isfinite().all() for p in part.parameters()):
-                    raise UserError(f"the training diverged {where} (a parameter is no longer "
-                                    f"finite): {remedy}")
+        finite = all(p.isfinite().all() for module in modules.values() for p in module.parameters())
+        if not finite or not math.isfinite(row.get("loss", 0.0)):
+            raise UserError(f"the training diverged in epoch {epoch + 1} of phase '{phase}' (loss "
+                            f"{row.get('loss')}): use a smaller --lr in another --out")
+        if self.values:
+            self.running["rows"].append(row)
 
     def rows(self):
         """The rows of log.csv."""
-        return self.state["rows"] + [row for saved in self.phases.values() for row in saved["rows"]]
+        return self.finished["rows"] + self.running["rows"]
 
     def _write_log(self):
         text, rows = io.StringIO(), self.rows()
@@ -1204,41 +1449,62 @@ class Run:
         writer.writerows(rows)
         write_whole(self.folder / "log.csv", text.getvalue())
 
-    def save_prompts(self, states, tasks):
-        """Keep a seed's trained prompts, a state dict, before anything else can fail."""
-        self.prompts[self.seed] = states
-        lists = [
-            images for task in tasks for images in (task.train, task.val) if images is not None
-        ]
-        self.trained_on[self.seed] = torch.cat(list(map(fingerprints, lists)))
+    def save_prompts(self, trained, tasks, sources):
+        """Keep a seed's prompts, {task or "": module}, before anything else can fail."""
+        states = {name: state_on_cpu(prompts) for name, prompts in trained.items()}
+        self.prompts[self.seed] = states.get("", states)
+        self.trained_on[self.seed] = datasets.trained_on(tasks + sources)
         save_whole(self.folder / "prompts.pt", dict(
             method=self.settings["method"], settings=self.settings, prompts=self.prompts,
             trained_on=self.trained_on,
             tasks={task.name: list(task.class_names) for task in tasks},
-            templates={task.name: task.template for task in tasks}))
+            templates={task.name: task.template for task in tasks},
+            crops={task.name: task.test.crop for task in tasks}))
 
     def finish_seed(self, scores):
-        """Keep a seed's scores and log, and remove the checkpoints of its phases."""
-        seconds = sum(saved["seconds"] for saved in self.phases.values())
-        self.state["finished"][self.seed] = dict(scores, seconds=seconds)
-        self.state["rows"], self.phases = self.rows(), {}
-        save_whole(self.folder / "checkpoint.pt", self.state)
-        self._remove_phases()
+        """Keep a seed's scores, and forget its phases."""
+        scores["seconds"] = sum(phase["seconds"] for phase in self.finished["phases"].values())
+        self.finished["scores"][self.seed] = scores
+        self.finished["phases"] = {}
+        save_whole(self.folder / "finished.pt", self.finished)
 
-    def _remove_phases(self):
-        for path in self.folder.glob("checkpoint-*.pt"):
-            path.unlink(missing_ok=True)
-
-    def finish(self, tasks, model, plot=None):
-        """Write result.json, draw the figures, print the closing table."""
-        result = gather(self.settings, tasks, model, self.state["finished"])
+    def finish(self, result, plot):
+        """Write result.json, draw the figures, print the closing table, remove the checkpoints."""
         self._write_log()
-        write_whole(self.folder / "result.json", json.dumps(result, indent=1))
-        self._remove_phases()               # of a process killed behind its last seed
-        if self.settings["plot"]:
-            plot_run(self.folder, result, self.rows(), plot)
-        print_table(result)
+        write_json(self.folder / "result.json", result)
+        close(self.folder, result, plot if self.settings["plot"] else None)
         print(f"\nresult, log and prompts are in {self.folder}")
+
+
+def close(folder, result, plot):
+    """Print the closing table of a run, draw its figures, and remove its checkpoints."""
+    print_table(result)
+    if plot:
+        plot_run(folder, result, plot)
+    for name in ("checkpoint.pt", "finished.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def state_on_cpu(module):
+    """A copy of a module's state dict, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def numbered(path):
+    """Make the first folder that is not there yet of `path-1`, `path-2`, ..."""
+    for i in itertools.count(1):
+        folder = path.with_name(f"{path.name}-{i}")
+        with contextlib.suppress(FileExistsError):      # another run may have made it just now
+            folder.mkdir(parents=True)
+            return folder
+
+
+def check_writable(folder):
+    """UserError where a folder cannot be made or written."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {folder} cannot be written, because {nearest} is a file or "
+                        "read-only: choose another folder")
 
 
 def progress(iterable, text):
@@ -1246,135 +1512,144 @@ def progress(iterable, text):
     return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)
 
 
-# ------------------------------------------------------------------- the frame of a method's `main`
+# ------------------------------------------------------------------------- what a method is; main
 
-def run_seeds(args, build, train, score, n_text=0, image_prompts=False, own=False, check=None,
-              prepare=None, plot=None, tiny=None):
-    """Refuse early, then train, keep and score the prompts of each seed, and report.
+@dataclass
+class Method:
+    """A method's three functions, and what the frame has to know of it.
 
-    build(args, model, tasks) -> untrained prompts; train(args, model, tasks, run) -> trained ones;
-    score(args, model, tasks, prompts) -> dict of zero_shot and accuracy, a number per task, and the
-    method's own results. n_text: vectors before the class name; image_prompts: needs a ViT; own:
-    prompts belong to these very tasks, so that `--eval` needs the same ones; check(args, tasks)
-    rejects what a method cannot do; prepare(args, tasks, seed) -> tasks divides them further;
-    plot(folder, result, rows) draws its figures.
-
-    With args.single_task each task is trained alone, one after another.
+    build(args, model, tasks) -> untrained prompts, a module; train(args, model, tasks, run) ->
+    trained ones; classify(args, model, tasks, prompts) -> what `task_logits` takes, a dict. In
+    these, args.seeds[0] is the seed of the present training.
     """
-    single = getattr(args, "single_task", False)
-    settings = dict(asdict(args), method=args.method, variant=variant_of(args, tiny))
+
+    name: str
+    Args: type
+    doc: str
+    build: Callable
+    train: Callable
+    classify: Callable
+    defaults: Callable = lambda args: {}                    # settings that follow from others
+    # UserError for what the method cannot do; first with tasks=None, before any data are read
+    check: Callable = lambda args, tasks: None
+    prepare: Callable = lambda args, tasks, seed: tasks     # divides the tasks further
+    sources: Callable = lambda args, seed: []               # further tasks that are trained on
+    report: Callable = lambda args, tasks, prompts: {}      # its own part of result.json
+    plot: Callable = lambda folder, result, rows: None      # its own figures
+    n_text: int | Callable = 0              # vectors before a class name; or a function of args
+    image_prompts: bool | Callable = False  # whether it needs a ViT; or a function of args
+    bound: bool | Callable = False          # whether prompts are tied to the tasks they were
+    #                                         trained on; or a function of args
+
+    @property
+    def title(self):
+        """Its name in tables and figures: "MmAP"."""
+        return self.doc.split(":")[0]
+
+    @property
+    def command(self):
+        """The words that start it: "mmap.py", or "common.py finetune"."""
+        word = self.name.replace("_", "-")
+        return f"common.py {word}" if word in COMMANDS else f"{self.name}.py"
+
+
+def valued(setting, args):
+    """A setting of a Method: a value, or a function of args."""
+    return setting(args) if callable(setting) else setting
+
+
+def main(method, argv=None):
+    """Run a method as a command: reject early, then train, keep and score each seed, and report.
+
+    With --single-task each task is trained alone, one after another.
+    """
+    args = parse(method, argv)
+    settings = dict(asdict(args), method=method.name, variant=variant_of(method, args))
+    args.device = chosen_device(args.device)
     if args.resume and (Path(args.out) / "result.json").exists():
-        finished_again(args, plot)
+        result = load_result(Path(args.out) / "result.json")
+        with usable(Path(args.out) / "result.json"):
+            close(Path(args.out), result, method.plot if args.plot else None)
+        print(f"\nthe run in {args.out} had finished")
         return
-    saved = _checked_prompts(args) if args.eval else None
-    run = None if args.eval else Run(args, settings)
-    if args.download:
-        datasets.find_listings(args.data, args.root, download=True)
-    tasks = checked_tasks(args, args.data, n_text)
-    if prepare:
-        tasks = {seed: prepare(args, tasks[seed], seed) for seed in args.seeds}
-    first = tasks[args.seeds[0]]
-    if args.eval:
-        _check_fit(args, saved, tasks, own or single)
-    if check:
-        check(args, first)
-    model = load_backbone(args, image_prompts)
-
-    def units(seed):
-        return [[task] for task in tasks[seed]] if single else [tasks[seed]]
-
-    build(args, model, units(args.seeds[0])[0])     # rejects settings that do not fit
+    saved = load_prompts(args.eval, method.name) if getattr(args, "eval", None) else None
+    run = None if saved else Run(args, settings)
+    tasks, sources = checked_tasks(args, method, saved)
+    model, first = load_backbone(args, method), tasks[args.seeds[0]]
+    for unit in list(units(args, first).values())[:1]:
+        method.build(args, model, unit)                         # rejects settings that do not fit
     if run:
-        run.open({seed: contents(tasks[seed]) for seed in args.seeds})
-    finished = {}
+        run.open({seed: [datasets.contents(task) for task in tasks[seed] + sources[seed]]
+                  for seed in args.seeds})
+        length = f"{args.epochs} epochs, " if isinstance(args, TrainArgs) else ""
+        print(f"{method.title} on {args.data}: {len(first)} tasks, {length}{args.clip}, "
+              f"{args.device} -> {run.folder}", flush=True)
+    scores = run.finished["scores"] if run else {}
     for seed in args.seeds:
-        if run and not run.start_seed(seed):
+        if seed in scores:
             continue
-        one = replace(args, seeds=(seed,))
-        trained = []
-        for unit in units(seed):
+        one, trained = replace(args, seeds=(seed,)), {}
+        for name, unit in units(args, tasks[seed]).items():
             if run:
-                run.unit = unit[0].name if single else ""
-                run.seed_phase("prompts")
-                trained.append(train(one, model, unit, run))
+                run.start(seed, name)
+                trained[name] = method.train(one, model, unit, run)
+                close_loader()
             else:
-                states = saved["prompts"][seed]
-                trained.append(restored(one, build(one, model, unit),
-                                        states[unit[0].name] if single else states))
+                trained[name] = method.build(one, model, unit)
+                restore(trained[name], saved["prompts"][seed], name, args.eval)
         if run:
-            states = [{k: v.detach().cpu() for k, v in prompts.state_dict().items()}
-                      for prompts in trained]
-            names = [unit[0].name for unit in units(seed)]
-            run.save_prompts(dict(zip(names, states)) if single else states[0], tasks[seed])
-        scores = merged([score(one, model, unit, prompts)
-                         for unit, prompts in zip(units(seed), trained)])
-        scores["trainable_parameters"] = sum(
-            p.numel() for prompts in trained for p in prompts.parameters() if p.requires_grad)
+            run.save_prompts(trained, tasks[seed], sources[seed])
+        scores[seed] = scores_of(one, method, model, tasks[seed], trained)
         if run:
-            run.finish_seed(scores)
-        finished[seed] = dict(scores, seconds=0.0)
+            run.finish_seed(scores[seed])
+    result = gather(settings, first, model, scores)
     if run:
-        run.finish(first, model, plot)
+        run.finish(result, method.plot)
     else:
-        print_table(gather(settings, first, model, finished))
-
-
-def finished_again(args, plot):
-    """Print the closing table of a run that had finished, and draw its figures with --plot."""
-    path = Path(args.out) / "result.json"
-    result = read_json(path)
-    try:
         print_table(result)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({datasets.brief(error)}): start the run again in "
-                        "another --out") from error
-    if args.plot:
-        plot_run(Path(args.out), result, read_log(Path(args.out)), plot)
-    print(f"\nthe run in {args.out} had finished")
 
 
-def read_log(folder):
-    """The rows of a run's log.csv."""
-    with (Path(folder) / "log.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row.update(seed=int(row["seed"]), epoch=int(row["epoch"]))
-        if row.get("loss"):
-            row["loss"] = float(row["loss"])
-    return rows
+def units(args, tasks):
+    """What is trained together, {"": all tasks}, or with --single-task {name: each alone}."""
+    if getattr(args, "single_task", False):
+        return {task.name: [task] for task in tasks}
+    return {"": tasks}
 
 
-def merged(scores):
-    """The scores of several units, their lists joined."""
-    whole = dict(scores[0])
-    for other in scores[1:]:
-        for key, value in other.items():
-            whole[key] = whole[key] + value
+def restore(prompts, states, name, path):
+    """Load a unit's saved state (see `units`) into prompts; UserError where it does not fit."""
+    with usable(path, "give the --data and --clip it was trained with"):
+        prompts.load_state_dict(states[name] if name else states)
+
+
+def scores_of(args, method, model, tasks, trained):
+    """The scores of a seed and the method's own results, their lists joined over units."""
+    whole = dict(trainable_parameters=0, seconds=0.0)
+    for name, unit in units(args, tasks).items():
+        prompts = trained[name]
+        found = evaluate(args, model, unit, **method.classify(args, model, unit, prompts))
+        found.update(method.report(args, unit, prompts))
+        found["trainable_parameters"] = sum(
+            p.numel() for p in prompts.parameters() if p.requires_grad)
+        for key, value in found.items():
+            whole[key] = whole[key] + value if key in whole else value
     return whole
 
 
-def restored(args, prompts, states):
-    """prompts with saved states; UserError where they do not fit."""
-    try:
-        prompts.load_state_dict(states)
-    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"the prompts in {args.eval} do not fit {args.data} "
-            f"({datasets.brief(error)}): give the --data they were trained on"
-        ) from error
-    return prompts
+def read_log(folder):
+    """The rows of a run's log.csv, dicts; what a row lacks is left out, lists are lists."""
+    with usable(folder / "log.csv"), (folder / "log.csv").open(encoding="utf-8") as file:
+        return [{key: value if key == "phase" else json.loads(value)
+                 for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def load_backbone(args, image_prompts=False):
+def load_backbone(args, method):
     """CLIP as the settings ask for it; UserError where image prompts would meet a ResNet."""
-    resnet = UserError(f"{args.method} puts prompts into the image encoder, and {args.clip} has a "
-                       "ResNet there: use a ViT, such as --clip ViT-B/16")
-    if image_prompts and args.clip.startswith("RN") and args.clip in clip.available_models():
-        raise resnet
     model, _ = load_clip(args.clip, args.device)
-    if image_prompts and not hasattr(model.visual, "transformer"):
-        raise resnet
-    model.precision, model.checkpoint = args.precision, args.checkpoint
+    if valued(method.image_prompts, args) and not hasattr(model.visual, "transformer"):
+        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
+                        "ResNet there: use a ViT, such as --clip ViT-B/16")
+    model.precision, model.recompute = args.precision, getattr(args, "recompute", False)
     return model
 
 
@@ -1383,68 +1658,75 @@ def divided_tasks(args, data, seed):
     tasks = load_tasks(data, args.split, args.shots, seed, args.root)
     for task in tasks if args.validate else []:
         task.train, task.test = hold_out(task.train, seed)
+        if not len(task.test):
+            raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps "
+                            "its last one, so train on more")
     return tasks
 
 
-def checked_tasks(args, data, n_text):
-    """{seed: tasks}, after checking what a training would fail on later.
+def checked_tasks(args, method, saved=None):
+    """({seed: tasks}, {seed: source tasks}), after checking what a training would fail on later.
 
-    Training images are decoded, and kept in memory while there is room (2 GB).
+    Training images are decoded, and kept in memory while there is room (2 GB). saved: the prompts
+    that are scored instead.
     """
-    tasks = {seed: divided_tasks(args, data, seed) for seed in args.seeds}
-    for task in tasks[args.seeds[0]]:
-        try:
-            tokenize(task.class_names, n_text)
-        except UserError as error:
-            if n_text <= args.n_ctx:
-                raise
-            raise UserError(f"{error} in all; a text has {n_text // args.n_ctx} prompts") from None
+    if valued(method.image_prompts, args) and args.clip.startswith("RN"):
+        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
+                        "ResNet there: use a ViT, such as --clip ViT-B/16")
+    if args.download:
+        datasets.find_listings(args.data, args.root, download=True)
+    tasks, sources, room = {}, {}, 2 * 2**30 // len(args.seeds)
+    for seed in args.seeds:
+        tasks[seed] = method.prepare(args, divided_tasks(args, args.data, seed), seed)
+    method.check(args, tasks[args.seeds[0]])
+    for seed in args.seeds:
+        sources[seed] = [] if saved else method.sources(args, seed)
+    n_text = valued(method.n_text, args)
+    for task in tasks[args.seeds[0]] + sources[args.seeds[0]]:
+        tokenize(task.class_names, n_text)
         tokenize(task.class_names, template=task.template)
     for seed in args.seeds:
-        room = 2 * 2**30 // len(args.seeds)
-        for task in tasks[seed]:
-            if not len(task.test):
-                raise UserError(f"--validate finds no image of {task.name} to hold out: a class "
-                                "keeps its last one, so train on more")
-            for i in progress(range(0 if args.eval else len(task.train)), f"check {task.name}"):
-                room = task.train.keep(i, room)         # raises where it cannot be decoded
-    return tasks
+        if saved:
+            check_saved(args, method, saved, tasks[seed], seed)
+            continue
+        if sources[seed]:
+            seen = set(datasets.trained_on(sources[seed]).tolist())
+            reject_seen(tasks[seed], seen, f"the source tasks (seed {seed})")
+        lists = [task.train for task in tasks[seed] + sources[seed]]
+        datasets.keep_all(lists, room, args.workers)    # raises where one cannot be decoded
+    return tasks, sources
 
 
-def _checked_prompts(args):
-    """The saved prompts of args.eval, with every seed of args.seeds."""
-    saved = load_prompts(args.eval, args.method)
-    for seed in args.seeds:
-        if seed not in saved["prompts"]:
-            known = ", ".join(map(str, saved["prompts"]))
-            raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
-        if not torch.is_tensor(saved["trained_on"].get(seed)):
-            raise UserError(f"{args.eval} is damaged (it does not say which images seed {seed} was "
-                            "trained on): give the prompts.pt that a run wrote")
-    return saved
+def reject_seen(tasks, seen, owner):
+    """Raise UserError where a task's test images are among those trained on, a set of digests."""
+    for task in tasks:
+        both = datasets.tested(task, seen)
+        if both:
+            raise UserError(f"{owner} trained on {len(both)} of the {len(task.test)} test images "
+                            f"of {task.name}, such as {both[0]}: give the --split or --shots and "
+                            "the seed of that training, or other tasks")
 
 
-def _check_fit(args, saved, tasks, own):
-    """Refuse to score prompts on other tasks than theirs, or on images they were trained on."""
-    for seed in args.seeds:
-        if own and list(saved["tasks"]) != [task.name for task in tasks[seed]]:
-            raise UserError(
-                f"the prompts in {args.eval} are of other tasks than those of --data "
-                f"{args.data}, or in another order: give the --data they were trained on"
-            )
+def check_saved(args, method, saved, tasks, seed):
+    """Raise UserError where saved prompts are not of a seed, tied to other tasks, or trained on
+    the test images."""
+    if seed not in saved["prompts"]:
+        known = ", ".join(map(str, saved["prompts"]))
+        raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
+    tied = valued(method.bound, args) or getattr(args, "single_task", False)
+    if tied and list(saved["tasks"]) != [task.name for task in tasks]:
+        raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data "
+                        f"{args.data}, or in another order: give the --data they were trained on")
+    with usable(args.eval, "give the prompts.pt that a run wrote"):
         seen = set(saved["trained_on"][seed].tolist())
-        for task in tasks[seed]:
-            both = len(seen.intersection(fingerprints(task.test).tolist()))
-            if both:
-                raise UserError(
-                    f"the prompts in {args.eval} (seed {seed}) were trained on {both} of "
-                    f"{task.name}'s {len(task.test)} test images: give the --split or "
-                    "--shots and the seed that they were trained with"
-                )
+    reject_seen(tasks, seen, f"the prompts in {args.eval} (seed {seed}) were")
 
 
-def script(main):
-    """Run a `main`: a UserError becomes a line on stderr and exit code 2, Ctrl-C a hint and 130."""
+def script(command):
+    """Run a Method, or a function, as a command.
+
+    A UserError is a line on stderr and exit code 2; Ctrl-C says how to go on, exit code 130.
+    """
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1465,7 +1747,10 @@ def script(main):
         sys.exit(code)
 
     try:
-        main()
+        if isinstance(command, Method):
+            main(command)
+        else:
+            command()
         sys.stdout.flush()
     except UserError as error:
         stop(error)
@@ -1477,9 +1762,10 @@ def script(main):
             stop(f"the disk is full ({error.strerror}): free it, then {go_on()}")
         if error.filename is None:
             raise
-        stop(f"{error.filename} cannot be used ({error.strerror}): give another path or mend it")
+        stop(f"cannot open {error.filename} ({error.strerror}): use another path or fix its "
+             "permissions")
     except torch.cuda.OutOfMemoryError:
-        stop(f"the GPU's memory is full: {go_on()} with --checkpoint, or start again with a "
+        stop(f"the GPU's memory is full: {go_on()} with --recompute, or start again with a "
              "smaller --batch-size")
     except KeyboardInterrupt:
         stop(f"stopped; {go_on()}" if Run.latest else "stopped", 130)
@@ -1488,15 +1774,18 @@ def script(main):
 # ------------------------------------------------------------------- results, tables and figures
 
 MATRICES = ["similarity", "affinity", "transfer"]       # a row is a source task, a column a target
-SETTINGS = "method variant data split shots clip epochs lr batch_size batches n_ctx".split()
+# the settings by which a run stands beside a paper's column, or another run's; and their values
+# where a column does not say
+SETTINGS = ("method variant data split shots clip epochs lr batch_size batches n_ctx views "
+            "min_crop warm_up").split()
+UNSAID = dict(batches="tasks", views=0, min_crop=0.08, warm_up=0)
 
 
-def gather(settings, tasks, model, finished):
+def gather(settings, tasks, model, scores):
     """What result.json holds, from each seed's scores; a method's own key is a list over seeds."""
-    names, done = [task.name for task in tasks], [finished[seed] for seed in settings["seeds"]]
-    shared = ("zero_shot", "accuracy", "trainable_parameters", "seconds")
-    result = {key: settings.get(key) for key in (*SETTINGS, "seeds", "validate")}
+    names, done = [task.name for task in tasks], [scores[seed] for seed in settings["seeds"]]
     zero_shot = {n: [d["zero_shot"][i] for d in done] for i, n in enumerate(names)}
+    result = {key: settings[key] for key in ("method", "data", "split", "shots", "clip")}
     result.update(
         seeds=list(settings["seeds"]),
         tasks=names,
@@ -1507,12 +1796,31 @@ def gather(settings, tasks, model, finished):
         average=[statistics.mean(d["accuracy"]) for d in done],
         trainable_parameters=done[0]["trainable_parameters"],
         clip_parameters=sum(p.numel() for p in model.parameters()),
-        seconds=[d["seconds"] for d in done],
+        seconds=[d.get("seconds", 0.0) for d in done],
     )
-    for key in done[0]:
-        if key not in shared:
-            result[key] = [d[key] for d in done]
-    return result
+    for key in done[0].keys() - result.keys():
+        result[key] = [d[key] for d in done]
+    return dict(result, versions=versions(), hardware=hardware(model), settings=settings)
+
+
+def versions():
+    """The Python, torch, torchvision and commit of this repository that a run was made with."""
+    found = dict(python=platform.python_version(), torch=torch.__version__,
+                 torchvision=metadata.version("torchvision"))
+    if (HERE / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(
+                ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40"],
+                capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def hardware(model):
+    """The name of the device that a model is on."""
+    device = model.logit_scale.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def mean_std(values):
@@ -1522,13 +1830,24 @@ def mean_std(values):
 
 
 def paper_columns(result):
-    """The columns of the papers' tables whose method, data and settings are those of a result."""
-    if result["validate"]:
-        return []
+    """The columns of the papers' tables with the settings of a result, and where there is none the
+    first that differs in one: ([column], (column, setting) or None).
+
+    Only the settings that the method has are compared.
+    """
+    settings = result["settings"]
+    if settings["validate"]:
+        return [], None
     columns = json.loads((HERE / "data" / "paper_results.json").read_text("utf-8"))["columns"]
-    return [column for column in columns
-            if all(column.get(key, "tasks" if key == "batches" else None) == result.get(key)
-                   for key in SETTINGS)]
+    keys = [key for key in SETTINGS if key in settings]
+    same, near = [], None
+    for column in columns:
+        differ = [key for key in keys if column.get(key, UNSAID.get(key)) != settings[key]]
+        if not differ:
+            same.append(column)
+        elif len(differ) == 1 and differ[0] in SETTINGS[6:]:
+            near = near or (column, differ[0])
+    return same, None if same else near
 
 
 def one_decimal(printed):
@@ -1538,7 +1857,7 @@ def one_decimal(printed):
     return re.sub(r"\d+\.\d+", rounded, printed)
 
 
-def plain(name):
+def letters(name):
     """A name in small letters and digits: "CIFAR-100" and "CIFAR100" are one task."""
     return "".join(filter(str.isalnum, name)).lower()
 
@@ -1555,41 +1874,59 @@ def aligned(rows):
 
 def measured(result):
     """What the numbers of a result are: "accuracy (VOC2007: 11-point mAP)"."""
-    others = [f"{task}: {metric}" for task, metric in result.get("metrics", {}).items()
+    others = [f"{task}: {metric}" for task, metric in result["metrics"].items()
               if metric != "accuracy"]
-    return "accuracy" + (f" ({', '.join(others)})" if others else "")
+    what = "accuracy on held-out training images" if result["settings"]["validate"] else "accuracy"
+    return what + (f" ({', '.join(others)})" if others else "")
 
 
 def print_table(result):
     """The closing table: a row per task and the average; zero-shot CLIP, the method, the papers."""
-    head, papers = ["", "zero-shot", result["method"]], paper_columns(result)
-    zero_shot = dict(result["zero_shot"], average=statistics.mean(result["zero_shot"].values()))
-    accuracy = dict(result["accuracy"], average=result["average"])
-    rows = [[name, f"{zero_shot[name]:.1f}", mean_std(accuracy[name])] for name in accuracy]
+    settings, (papers, near) = result["settings"], paper_columns(result)
+    average = statistics.mean(result["zero_shot"].values())
+    rows = [["", "zero-shot"], *([name, f"{result['zero_shot'][name]:.1f}"]
+                                 for name in result["tasks"]), ["average", f"{average:.1f}"]]
+    if settings.get("templates") != "single":           # else they are zero-shot CLIP's own
+        cells = [mean_std(result["accuracy"][name]) for name in result["tasks"]]
+        for row, cell in zip(rows, [result["method"], *cells, mean_std(result["average"])]):
+            row.append(cell)
     for paper in papers:
-        head.append(f"{paper['paper']}, {paper['table']}")
-        printed = {plain(name): one_decimal(number) for name, number in paper["results"].items()}
-        for row in rows:
-            row.append(printed.get(plain(row[0]), ""))
-    print("\n" + aligned([head, *rows]))
+        rows[0].append(f"{paper['paper']}, {paper['table']}, {paper['column']}")
+        printed = {letters(name): one_decimal(number) for name, number in paper["results"].items()}
+        for row in rows[1:]:
+            row.append(printed.get(letters(row[0]), ""))
+    print("\n" + aligned(rows))
     for paper in papers:
         if "note" in paper:
-            print(f"\n{paper['paper']}, {paper['table']}: {paper['note']}")
-    share = 100 * result["trainable_parameters"] / result["clip_parameters"]
-    print(f"\n{result['trainable_parameters']:,} trainable parameters ({share:.2f}% of CLIP's); "
-          f"{measured(result)} in %, seeds {' '.join(map(str, result['seeds']))}; trained in "
-          f"{statistics.mean(result['seconds']):.0f} s per seed")
+            print(f"\n{paper['paper']}, {paper['table']}, {paper['column']}: {paper['note']}")
+    if near:
+        column, key = near
+        print(f"\nnot the column {column['column']} of {column['paper']}'s {column['table']}: "
+              f"{key} {settings[key]}, the paper {column.get(key, UNSAID.get(key))}")
+    line = f"{measured(result)} in %, seeds {' '.join(map(str, result['seeds']))}"
+    if result["trainable_parameters"]:
+        share = 100 * result["trainable_parameters"] / result["clip_parameters"]
+        count = f"{result['trainable_parameters']:,} trainable parameters ({share:.2f}% of CLIP's)"
+        line = f"{count}; {line}; trained in {statistics.mean(result['seconds']):.0f} s per seed"
+    if settings.get("eval"):
+        line = f"{line.partition('; trained in')[0]}; scored from {settings['eval']}"
+    print(f"\n{line}")
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
-            print(f"\n{key}, seed {seed} (rows are sources, columns targets in the same order)")
+            sides = "" if is_symmetric(matrix) else " (rows are sources, columns targets)"
+            print(f"\n{key}, seed {seed}{sides}")
             print(aligned([[name, *(f"{x:.3g}" for x in row)]
                            for name, row in zip(result["tasks"], matrix)]))
 
 
+def is_symmetric(matrix):
+    """Whether what a matrix says of two tasks does not depend on their order."""
+    return np.allclose(matrix, np.transpose(matrix), rtol=1e-4)
+
+
 def pyplot():
     """matplotlib.pyplot, imported where a figure is wanted."""
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "agg"            # whatever a notebook left there
     import matplotlib.pyplot
     return matplotlib.pyplot
 
@@ -1602,55 +1939,42 @@ def save_figure(figure, path, **how):
     pyplot().close(figure)
 
 
-def plot_run(folder, result, rows, plot=None):
+def plot_run(folder, result, plot):
     """accuracy.png, loss.png, losses.png (by task), a figure per matrix, and the method's own."""
-    plt, names, width = pyplot(), result["tasks"], 0.4
-    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(names), 4))
-    values = [result["accuracy"][name] for name in names]
-    spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in values]
-    axes.bar([i - width / 2 for i in range(len(names))], [result["zero_shot"][n] for n in names],
-             width, label="zero-shot CLIP")
-    axes.bar([i + width / 2 for i in range(len(names))], [statistics.mean(x) for x in values],
-             width, yerr=spreads, label=result["method"])
-    axes.set_xticks(range(len(names)), names, rotation=20)
-    axes.set_ylabel("accuracy (%)")
-    axes.legend()
-    save_figure(figure, folder / "accuracy.png", bbox_inches="tight")
-    figure, axes = plt.subplots(figsize=(6, 4))
-    curves = {}
-    for row in rows:
-        if row.get("loss") not in (None, ""):
-            curves.setdefault((row["seed"], row["phase"]), []).append((row["epoch"], row["loss"]))
-    for (seed, phase), points in curves.items():
-        axes.plot(*zip(*points), label=f"seed {seed}, {phase}" if len(curves) < 12 else None)
-    axes.set(xlabel="epoch", ylabel="training loss")
-    if 0 < len(curves) < 12:
-        axes.legend()
-    save_figure(figure, folder / "loss.png", bbox_inches="tight")
+    import pandas
+    names, rows = result["tasks"], read_log(folder)
+    accuracy = pandas.DataFrame(result["accuracy"])                 # [seeds, tasks]
+    bars = pandas.DataFrame({"zero-shot CLIP": result["zero_shot"], result["method"]:
+                             accuracy.mean()}).loc[names]
+    spread = pandas.DataFrame({"zero-shot CLIP": 0.0, result["method"]: accuracy.std().fillna(0)})
+    axes = bars.plot.bar(yerr=spread.loc[names], figsize=(1.5 + 1.3 * len(names), 4), rot=20,
+                         ylabel="accuracy (%)", width=0.8)
+    save_figure(axes.figure, folder / "accuracy.png", bbox_inches="tight")
+    curves = pandas.DataFrame([row for row in rows if "loss" in row])
+    if len(curves):
+        curves = curves.pivot_table("loss", "epoch", ["seed", "phase"], sort=False)
+        axes = curves.plot(marker="o", ylabel="training loss", legend=curves.shape[1] < 12)
+        save_figure(axes.figure, folder / "loss.png", bbox_inches="tight")
     plot_losses(folder / "losses.png", names, rows)
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
             plot_matrix(folder / f"{key}-{seed}.png", matrix, names, f"{key}, seed {seed}")
-    if plot:
-        plot(folder, result, rows)
+    plot(folder, result, rows)
 
 
 def plot_losses(path, names, rows):
     """The tasks' losses by epoch, a panel per seed and phase that trains all tasks together."""
     panels = {}
     for row in rows:
-        losses = json.loads(row.get("losses") or "[]")
-        if len(losses) == len(names):
-            panels.setdefault((row["seed"], row["phase"]), []).append(losses)
+        if len(row.get("losses", [])) == len(names):
+            panels.setdefault(f"seed {row['seed']}, {row['phase']}", []).append(row["losses"])
     if not panels:
         return
-    figure, axes = pyplot().subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="tight"
-    )
-    for axis, ((seed, phase), losses) in zip(axes[0], panels.items()):
-        for i, name in enumerate(names):
-            axis.plot(range(1, len(losses) + 1), [x[i] for x in losses], label=name)
-        axis.set(title=f"seed {seed}, {phase}", xlabel="epoch", ylabel="training loss")
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(4 * len(panels), 3.5),
+                                     squeeze=False, layout="tight")
+    for axis, (title, losses) in zip(axes[0], panels.items()):
+        axis.plot(range(1, len(losses) + 1), losses, marker="o", label=names)
+        axis.set(title=title, xlabel="epoch", ylabel="training loss")
     axes[0, 0].legend(fontsize=7)
     save_figure(figure, path)
 
@@ -1669,143 +1993,30 @@ def plot_matrix(path, matrix, names, title):
     save_figure(figure, path, bbox_inches="tight")
 
 
-# ---------------------------------------------------------------------------------------- commands
+# ----------------------------------------------- columns of the papers' tables that train no prompt
 
-@dataclass
-class CheckArgs:
-    """Is a benchmark complete, and can its images be read?"""
-
-    data: str  # as for training: a benchmark, a folder, name=path, or several
-    root: str = "data"  # folder that holds the datasets
-    quick: bool = False  # do not decode the images
-    workers: int = 0  # processes that read images
-
-
-def check(argv):
-    """`python common.py check`: what a benchmark holds, and what is wrong (exit code 1)."""
-    from data.check import report
-    args = _command("check", CheckArgs, argv)
-    lines, remarks, problems, images = report(args.data, args.root, args.quick, args.workers)
-    print("\n".join(lines) + "\n")
-    for line in remarks:
-        print(f"note: {line}")
-    for line in problems[:10]:
-        print(f"problem: {line}")
-    if len(problems) > 10:
-        print(f"... and {len(problems) - 10:,} more")
-    state = f"{len(problems):,} problem{'s' * (len(problems) > 1)}" if problems else "all is well"
-    undecoded = ", none of them decoded" if args.quick else ""
-    tasks = len(lines) - 1
-    print(f"{tasks} task{'s' * (tasks > 1)}, {images:,} images{undecoded}: {state}")
-    if problems:
-        sys.exit(1)
+class Nothing(nn.Module):
+    """The prompts of zero-shot CLIP."""
 
 
 @dataclass
-class BaselineArgs:
-    """What `zero-shot` and `probe` share with the method files."""
-
-    data: str = "emoji"  # as in the method files
-    split: float | None = None  # fraction of each class to train on; the rest is the test set
-    shots: int | None = None  # images of each class to train on (6 for the built-in data)
-    seeds: tuple[int, ...] = (1,)  # a split per seed, reported as mean ± std
-    clip: str | None = None  # backbone (default: ViT-B/16; tiny for the built-in data)
-    root: str = "data"  # folder that holds the datasets
-    download: bool = False  # first fetch --data into --root, where torchvision can
-    device: str | None = None  # cpu, cuda, ... (default: CUDA where there is one)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
-    workers: int | None = None  # processes that read images; 0 works everywhere
-    out: str | None = None  # write result.json into this new folder, for `python common.py table`
-
-
-@dataclass
-class ZeroShotArgs(BaselineArgs):
-    """Zero-shot CLIP; the seeds draw the test images alone."""
+class ZeroShotArgs(DataArgs):
+    """Zero-shot CLIP: one template or an ensemble of them; the seeds draw the test images alone."""
 
     templates: Literal["single", "ensemble"] = "single"  # a task's own, or data/templates.txt's
 
 
-def _command(name, Args, argv):
-    """The settings of a command, by tyro."""
-    return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=list(argv), prog=f"common.py {name}",
-                    description=inspect.cleandoc(Args.__doc__))
+def no_prompts(*_):
+    """Zero-shot CLIP has nothing to train."""
+    return Nothing()
 
 
-def _checked_out(out):
-    """The folder of --out; UserError where it cannot be made or written."""
-    out = datasets.expand(out)
-    nearest = next(p for p in (out, *out.parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out {out} cannot be written, because {nearest} is a file or read-only: "
-                        "choose another folder")
-    return out
-
-
-def _made(out):
-    """The folder of --out, made where it is missing."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another "
-                        "folder") from error
-    return out
-
-
-def _baseline(name, Args, argv, n_classes=1):
-    """(settings, tasks of every seed, CLIP) of a baseline, its settings validated.
-
-    n_classes: how many classes a task has to have images of.
-    """
-    given = _command(name, Args, argv)
-    built_in = datasets.built_in_shots(given.data) is not None
-    given.clip = given.clip or ("tiny" if built_in else "ViT-B/16")
-    given = _absolute(given)
-    shared = {field.name for field in fields(BaselineArgs)} - {"out"}
-    checked = as_args(given, shared)
-    _validate(checked)
-    given.shots, given.device = checked.shots, checked.device
-    if given.out and (_checked_out(given.out) / "result.json").exists():
-        raise UserError(f"--out {given.out} holds another result: choose another folder")
-    if given.download:
-        datasets.find_listings(given.data, given.root, download=True)
-    tasks = {seed: load_tasks(given.data, given.split, given.shots, seed, given.root)
-             for seed in given.seeds}
-    for task in tasks[given.seeds[0]]:
-        if len(set(task.train.classes)) < n_classes:
-            raise UserError(f"the task {task.name} has fewer than {n_classes} classes: {name} "
-                            "needs them to tell apart, so leave the task out")
-    model, _ = load_clip(given.clip, given.device)
-    model.precision = given.precision
-    return given, tasks, model
-
-
-def as_args(given, names):
-    """The settings of a command as those of a method, to be checked alike."""
-    return Args(**{name: getattr(given, name) for name in names})
-
-
-def _report(args, method, variant, tasks, model, finished):
-    """Print the closing table of a baseline, and keep its result in --out."""
-    settings = dict(asdict(args), method=method, variant=variant, validate=False, batches="tasks")
-    result = gather(settings, tasks[args.seeds[0]], model, finished)
-    if args.out:
-        write_whole(_made(Path(args.out)) / "result.json", json.dumps(result, indent=1))
-    print_table(result)
-
-
-def zero_shot(argv):
-    """`python common.py zero-shot`: CLIP as it is, with one template or an ensemble of them."""
-    args, tasks, model = _baseline("zero-shot", ZeroShotArgs, argv)
-    finished = {}
-    for seed in args.seeds:
-        classifiers = zero_shot_classifiers(model, tasks[seed])
-        if args.templates == "ensemble":
-            classifiers = [ensemble(model, task.class_names, templates_of(task, args.data))
-                           for task in tasks[seed]]
-        scores = evaluate(args, model, tasks[seed], classifiers)
-        finished[seed] = dict(scores, trainable_parameters=0, seconds=0.0)
-    variant = "with --templates ensemble" if args.templates == "ensemble" else None
-    _report(args, "zero_shot", variant, tasks, model, finished)
+def zero_shot_classify(args, model, tasks, prompts):
+    """The classifiers of one template, or of an ensemble of them."""
+    if args.templates == "single":
+        return dict(classifiers=zero_shot_classifiers(model, tasks))
+    return dict(classifiers=[ensemble(model, task.class_names, templates_of(task, args.data))
+                             for task in tasks])
 
 
 def templates_of(task, data):
@@ -1814,11 +2025,11 @@ def templates_of(task, data):
     known, names = {}, []
     for line in (HERE / "data" / "templates.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
-            names = [plain(name) for name in line.strip("[] ").split(",")]
+            names = [letters(name) for name in line.strip("[] ").split(",")]
         elif line.strip() and not line.startswith("#"):
             for name in names:
                 known.setdefault(name, []).append(line.strip())
-    return known.get(plain(task.name)) or known.get(plain(data)) or known["other"]
+    return known.get(letters(task.name)) or known.get(letters(data)) or known["other"]
 
 
 @torch.no_grad()
@@ -1836,21 +2047,49 @@ def ensemble(model, class_names, templates):
     return F.normalize(total, dim=-1)
 
 
-def probe(argv):
-    """`python common.py probe`: logistic regression on frozen image features, one per task.
+@dataclass
+class ProbeArgs(DataArgs):
+    """Linear probe: logistic regression on frozen image features, one per task.
 
-    As in CLIP's README, by scikit-learn. Its inverse strength of regularisation, C, is chosen by
+    As in CLIP's README, by scikit-learn. The inverse strength of regularisation, C, is the one with
     the smallest cross-entropy on the dataset's validation part or on 20% of the training images,
-    held out; never on test images.
+    held out; never on test images. A class without training images cannot be the answer.
     """
+
+    eval: str | None = None  # score this prompts.pt instead of training; writes nothing
+
+
+class Probe(nn.Module):
+    """A linear classifier per task on unit-length image features: weights [C_t, D], biases [C_t],
+    and the regularisation C [N] that was chosen."""
+
+    def __init__(self, tasks, width):
+        super().__init__()
+        sizes = [len(task.class_names) for task in tasks]
+        self.weights = nn.ParameterList(torch.zeros(n, width) for n in sizes)
+        self.biases = nn.ParameterList(torch.full((n,), -1e4) for n in sizes)    # not seen yet
+        self.register_buffer("C", torch.ones(len(tasks)))
+
+
+def build_probe(args, model, tasks):
+    """The untrained classifiers."""
+    return Probe(tasks, model.text_projection.shape[1]).to(model.logit_scale.device)
+
+
+def check_probe(args, tasks):
+    """UserError for a task with images of one class."""
+    for task in tasks or []:
+        if len(set(task.train.classes)) < 2:
+            raise UserError(f"the task {task.name} has fewer than 2 classes: probe needs them to "
+                            "tell apart, so leave the task out")
+
+
+def train_probe(args, model, tasks, run):
+    """Fit every task's regression, once C has been chosen."""
     from sklearn.linear_model import LogisticRegression
-    args, tasks, model = _baseline("probe", BaselineArgs, argv, n_classes=2)
-    finished = {}
+    probe = build_probe(args, model, tasks)
 
-    def fit(x, y, C):
-        return LogisticRegression(C=C, max_iter=1000).fit(x, y)
-
-    def unit(images):
+    def features(images):
         """Features and labels; an image that has several labels stands once for each."""
         x, _, labels = image_features(model, images, workers=args.workers)
         x, labels = F.normalize(x, dim=-1).cpu(), labels.cpu()
@@ -1859,50 +2098,52 @@ def probe(argv):
             x = x[image]
         return x.numpy(), labels.numpy()
 
-    for seed in args.seeds:
-        found, start, size = [], time.time(), 0
-        for task in tasks[seed]:
-            (part,) = datasets.with_held_out([task], seed)
+    def fit(x, y, C):
+        return LogisticRegression(C=C, max_iter=1000).fit(x, y)
+
+    def cross_entropy(regression, x, labels):
+        scores = np.full((len(x), 1 + max(labels.max(), regression.classes_.max())), -50.0)
+        scores[:, regression.classes_] = regression.predict_log_proba(x).clip(-50)
+        return -scores[np.arange(len(labels)), labels].mean()
+
+    def fit_all():
+        for t, task in enumerate(tasks):
+            (part,) = datasets.with_held_out([task], args.seeds[0])
             C = 1.0
             if len(part.val):
-                (x, y), (x_val, y_val) = unit(part.train), unit(part.val)
+                (x, y), held_out = features(part.train), features(part.val)
                 C = min((10.0 ** k for k in range(-2, 6)),
-                        key=lambda C: cross_entropy(fit(x, y, C), x_val, y_val))
-            regression = fit(*unit(task.train), C)
-            found.append(regression)
-            size += regression.coef_.size + regression.intercept_.size
-        scores = evaluate(args, model, tasks[seed], zero_shot_classifiers(model, tasks[seed]))
-        scores["accuracy"] = []
-        for task, regression in zip(tasks[seed], found):
-            x, _, labels = image_features(model, task.test, workers=args.workers)
-            x = F.normalize(x, dim=-1).cpu().numpy()
-            own = torch.tensor(class_scores(regression, x, len(task.class_names)))
-            scores["accuracy"].append(score(task.metric, own, labels))
-        finished[seed] = dict(scores, trainable_parameters=size, seconds=time.time() - start,
-                              C=[regression.C for regression in found])
-        told = ", ".join(f"{task.name} {r.C:g}" for task, r in zip(tasks[seed], found))
-        print(f"seed {seed}: C {told}", flush=True)
-    _report(args, "probe", None, tasks, model, finished)
+                        key=lambda C: cross_entropy(fit(x, y, C), *held_out))
+            found = fit(*features(task.train), C)
+            weight, bias = torch.tensor(found.coef_), torch.tensor(found.intercept_)
+            if len(found.classes_) == 2:        # scikit-learn gives the second class's alone
+                weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+            probe.C[t] = C
+            probe.weights[t].data[found.classes_] = weight.to(probe.weights[t])
+            probe.biases[t].data[found.classes_] = bias.to(probe.biases[t])
+
+    run.once("fit", fit_all, probe=probe)
+    chosen = ", ".join(f"{task.name} {C:g}" for task, C in zip(tasks, probe.C.tolist()))
+    print(f"seed {args.seeds[0]}: regularisation C chosen for {chosen}", flush=True)
+    return probe
 
 
-def class_scores(regression, x, n_classes):
-    """Log-probabilities [n, C]; a class that the regression has not seen cannot be the answer."""
-    found = np.full((len(x), n_classes), -np.inf)
-    found[:, regression.classes_] = regression.predict_log_proba(x)
-    return found
+def classify_probe(args, model, tasks, probe):
+    """Linear functions of the image features."""
+    return dict(classifiers=[functools.partial(F.linear, weight=weight, bias=bias)
+                             for weight, bias in zip(probe.weights, probe.biases)])
 
 
-def cross_entropy(regression, x, labels):
-    """The mean cross-entropy of a regression on held-out features."""
-    scores = class_scores(regression, x, int(max(labels.max(), regression.classes_.max())) + 1)
-    return -np.maximum(scores[np.arange(len(labels)), labels], -50).mean()
+def report_probe(args, tasks, probe):
+    """The regularisation of every task."""
+    return dict(C=probe.C.tolist())
 
 
 # ------------------------------------------------------------ weights in place of prompts: finetune
 
 @dataclass
-class FinetuneArgs(Args):
-    """Full fine-tuning, BitFit and CLIP-Adapter: trains weights in place of prompts.
+class FinetuneArgs(TrainArgs):
+    """Fine-tuning: all weights, all biases (BitFit) or CLIP-Adapter, in place of prompts.
 
     Columns of MmAP's Tables 1 and 2 and of JSCPT's Tables 1 to 3. BitFit (Zaken et al., ACL 2022)
     trains every bias of both encoders. CLIP-Adapter (Gao et al., IJCV 2024) trains a bottleneck D
@@ -1917,30 +2158,41 @@ class FinetuneArgs(Args):
     that makes MmAP's 0.53 M (without biases it would be 0.52 M). JSCPT shares one.
     """
 
-    method = "finetune"
     train: Literal["all", "bias", "adapter"] = "all"  # all weights, all biases, or new adapters
     adapters: Literal["task", "shared"] = "task"  # one per task; JSCPT: "task-shared ... adapters"
-    ratio: float = 0.2  # the residual ratio: how much of a feature comes from the adapter
-    lr: float = 1e-5  # with --train bias and adapter 0.0035: "a learning rate of 0.0035"
+    ratio: Share = 0.2  # the residual ratio: how much of a feature comes from the adapter
+    lr: Rate = 1e-5  # with --train bias and adapter 0.0035: "a learning rate of 0.0035"
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a copy of CLIP (or an adapter) per task, each trained alone
 
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # of SGD: Dassl's defaults
-TUNED = dict(                           # settings of the built-in backbone
+# settings of the built-in backbone
+FINETUNE_TINY = dict(
     all=dict(epochs=5, lr=9e-5),
     bias=dict(epochs=10, lr=0.001),
     adapter=dict(epochs=15, lr=0.09, views=8))
 
 
-def finetune_own(args):
-    """The settings that follow from what is trained."""
-    return dict(lr=1e-5 if args.train == "all" else 0.0035)
+def finetune_defaults(args):
+    """The settings that follow from what is trained, the backbone and the data."""
+    if args.clip == "tiny":
+        return dict(FINETUNE_TINY[args.train], min_crop=0.6)
+    found = dict(lr=1e-5 if args.train == "all" else 0.0035)
+    if args.data.split(":")[0] == "minidomainnet":
+        found.update(batch_size=4)
+    return found
 
 
-def finetune_tiny(args):
-    """The settings of the built-in backbone."""
-    return dict(TUNED[args.train], min_crop=0.6)
+def check_finetune(args, tasks):
+    """UserError for settings that contradict each other."""
+    if args.train != "adapter" and (args.adapters, args.ratio) != ("task", 0.2):
+        raise UserError("--adapters and --ratio are for --train adapter: leave them out")
+    if args.train == "all" and args.schedule != "cosine":
+        raise UserError("--schedule is for --train bias and adapter, which SGD trains: leave it "
+                        "out")
+    if args.single_task and args.adapters == "shared":
+        raise UserError("--adapters shared shares one among tasks, and --single-task trains each "
+                        "alone: leave one of them out")
 
 
 class Weights(nn.Module):
@@ -1984,11 +2236,10 @@ def train_weights(args, model, tasks, run):
     weights = build_weights(args, model, tasks)
     texts = Texts(tasks, templates=True).to(model.logit_scale.device)
     frozen = args.train == "adapter"
-    if args.train != "all":
-        optimizer, schedule = sgd(args, weights, MOMENTUM, WEIGHT_DECAY)
-    else:
+    optimizer, schedule = sgd(args, weights)
+    if args.train == "all":
         optimizer = torch.optim.AdamW(weights.parameters(), args.lr, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+        schedule = scheduled(args, optimizer)
     w = encode_text(model, texts.tokens) if frozen else None                    # [C, D], fixed
     for _ in run.epochs("train", args.epochs, prompts=weights, optimizer=optimizer,
                         schedule=schedule):
@@ -2000,42 +2251,81 @@ def train_weights(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
-            run.log(loss=losses.sum(), losses=of_present(losses, task))
+            run.log(loss=losses.sum(), losses=nan_where_absent(losses, task))
         schedule.step()
     return weights
 
 
-def score_weights(args, model, tasks, weights):
-    """The accuracies of zero-shot CLIP and of the trained weights, in %."""
+def classify_weights(args, model, tasks, weights):
+    """The trained CLIP, or the frozen one with adapted image features."""
     def adapted(x, t):
         return weights.adapted(x, torch.full((len(x),), t, device=x.device))
 
-    return evaluate(args, model, tasks, zero_shot_classifiers(weights.clip, tasks), select=adapted,
-                    tuned=None if args.train == "adapter" else weights.clip)
+    return dict(classifiers=zero_shot_classifiers(weights.clip, tasks), select=adapted,
+                tuned=None if args.train == "adapter" else weights.clip)
 
 
-def finetune(argv):
-    """`python common.py finetune`: full fine-tuning, BitFit, CLIP-Adapter; a run like any other."""
-    args = parse(FinetuneArgs, FinetuneArgs.__doc__, argv, finetune_tiny,
-                 dict(minidomainnet=dict(batch_size=4)), finetune_own)
-    if args.train != "adapter" and (args.adapters, args.ratio) != ("task", 0.2):
-        raise UserError("--adapters and --ratio are for --train adapter: leave them out")
-    if args.train == "all" and args.schedule != "cosine":
-        raise UserError("--schedule is for --train bias and adapter, which SGD trains: leave it "
-                        "out")
-    if args.n_ctx != FinetuneArgs.n_ctx:
-        raise UserError("--n-ctx is for prompts, and finetune has none: leave it out")
-    if args.single_task and args.adapters == "shared":
-        raise UserError("--adapters shared shares one among tasks, and --single-task trains each "
-                        "alone: leave one of them out")
-    if not 0 < args.ratio <= 1:
-        raise UserError(f"--ratio {args.ratio} is no part of a feature: give a number above 0 and "
-                        "up to 1")
-    run_seeds(args, build_weights, train_weights, score_weights, tiny=finetune_tiny,
-              own=args.train == "adapter" and args.adapters == "task")
+def tied_to_tasks(args):
+    """Whether there is an adapter per task."""
+    return args.train == "adapter" and args.adapters == "task"
 
 
-FINETUNE = SimpleNamespace(Args=FinetuneArgs, build=build_weights, score=score_weights)
+ZERO_SHOT = Method("zero_shot", ZeroShotArgs, ZeroShotArgs.__doc__, build=no_prompts,
+                   train=no_prompts, classify=zero_shot_classify)
+PROBE = Method("probe", ProbeArgs, ProbeArgs.__doc__, build_probe, train_probe, classify_probe,
+               check=check_probe, report=report_probe, bound=True)
+FINETUNE = Method("finetune", FinetuneArgs, FinetuneArgs.__doc__, build_weights, train_weights,
+                  classify_weights, defaults=finetune_defaults, check=check_finetune,
+                  bound=tied_to_tasks)
+
+
+def method_of(name):
+    """A method by its name: one of this file, or of a method file."""
+    known = {method.name: method for method in (ZERO_SHOT, PROBE, FINETUNE)}
+    return known.get(name) or load_method(name).METHOD
+
+
+def command_of(name):
+    """The words that start a method: "mmap.py", or "common.py finetune"."""
+    return method_of(name).command
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+def command_line(name, Args, argv):
+    """The settings of a command, by tyro."""
+    return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=list(argv), prog=f"common.py {name}",
+                    description=inspect.cleandoc(Args.__doc__))
+
+
+@dataclass
+class CheckArgs:
+    """Is a benchmark complete, and can its images be read?"""
+
+    data: str  # as for training: a benchmark, a folder, name=path, or several
+    root: str = "data"  # folder that holds the datasets
+    quick: bool = False  # do not decode the images
+    workers: int = 0  # processes that read images
+
+
+def check_data(argv):
+    """`python common.py check`: what a benchmark holds, and what is wrong (exit code 1)."""
+    from data.check import report
+    args = command_line("check", CheckArgs, argv)
+    lines, remarks, problems, images = report(args.data, args.root, args.quick, args.workers)
+    print("\n".join(lines) + "\n")
+    for line in remarks:
+        print(f"note: {line}")
+    for line in problems[:10]:
+        print(f"problem: {line}")
+    if len(problems) > 10:
+        print(f"... and {len(problems) - 10:,} more")
+    state = f"{len(problems):,} problem{'s' * (len(problems) > 1)}" if problems else "all is well"
+    undecoded = ", none of them decoded" if args.quick else ""
+    tasks = len(lines) - 1
+    print(f"{tasks} task{'s' * (tasks > 1)}, {images:,} images{undecoded}: {state}")
+    if problems:
+        sys.exit(1)
 
 
 @dataclass
@@ -2049,29 +2339,28 @@ class TableArgs:
     plot: bool = False  # also draw accuracy against parameters and against shots into --out
 
 
-OWN = [key for key in SETTINGS if key not in ("data", "split", "shots", "clip")]
+COLUMN = [key for key in SETTINGS if key not in ("data", "split", "shots", "clip")]
 
 
 def table(argv):
     """`python common.py table runs/`: finished runs side by side, as the papers' tables are."""
-    args = _command("table", TableArgs, argv)
+    args = command_line("table", TableArgs, argv)
     if args.plot and not args.out:
         raise UserError("--plot needs --out DIR, the folder that the figures go to")
-    out = _checked_out(args.out) if args.out else None
+    out = datasets.expand(args.out) if args.out else None
+    if out:
+        check_writable(out)
     runs = read_runs(args.folders)
     known = ["zero-shot", *dict.fromkeys(runs.label)]
     if args.baseline not in (None, *known):
-        raise UserError(f"--baseline '{args.baseline}' is no column: give one of "
+        raise UserError(f"--baseline '{args.baseline}' is not a column: give one of "
                         f"{', '.join(known)}")
     tables = {title: layout(part, args.baseline) for title, part in runs.groupby("title")}
     for title, cells in tables.items():
-        rows = [
-            ["", *cells.columns],
-            *([name, *row] for name, row in zip(cells.index, cells.values)),
-        ]
-        print(f"\n{title}\n{aligned(rows)}")
+        print(f"\n{title}\n{aligned(as_rows(cells))}")
     if out:
-        write_whole(_made(out) / "table.md", "\n".join(
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "table.md", "\n".join(
             f"**{title}**\n\n{as_markdown(cells)}\n" for title, cells in tables.items()))
         write_whole(out / "table.csv", runs.drop(columns=["folder", "key"]).to_csv(index=False))
         names = ["table.md", "table.csv"]
@@ -2095,16 +2384,13 @@ def read_runs(folders):
                             "holds some")
         paths |= {path.resolve() for path in folder.rglob("result.json")}
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime, str(path))):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            found = rows_of(result)
-        except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
-            raise UserError(f"{path} does not hold the result of a run of this version of the "
-                            "project: take it away, or give other folders") from error
-        if result["validate"]:
-            validated += 1
-        else:
-            rows += [dict(row, folder=str(path.parent)) for row in found]
+        with usable(path, "remove it, or give other folders"):
+            result = load_result(path)
+            found = [dict(row, folder=str(path.parent)) for row in rows_of(result)]
+            if result["settings"]["validate"]:
+                validated += 1
+            else:
+                rows += found
     if validated:
         print(f"left out: {validated} run{'s' * (validated > 1)} of --validate, scored on held-out "
               "training images", file=sys.stderr)
@@ -2116,35 +2402,37 @@ def read_runs(folders):
     for folder in runs[runs.duplicated(same, keep="last")].folder.unique():
         print(f"{folder} has a seed that a later run has, too: the later one counts",
               file=sys.stderr)
-    return label(runs.drop_duplicates(same, keep="last"))
+    return labelled(runs.drop_duplicates(same, keep="last"))
 
 
 def rows_of(result):
-    """The rows of one result.json, per task (and "average") and seed; fails on a damaged one."""
-    size = "all" if result["shots"] is None else f"{result['shots']} shots"
+    """The rows of one result.json, per seed and task (and "average"); fails on a damaged one."""
+    size = "all"
+    if result["shots"] is not None:
+        size = f"{result['shots']} shot{'s' * (result['shots'] > 1)}"
     if result["split"] is not None:
         size = f"split {result['split']}"
-    shared = {key: result[key] for key in SETTINGS}
+    shared = {key: result["settings"].get(key) for key in SETTINGS}
     shared.update(title=f"{result['data']}, {size}, {result['clip']}",
-                  key=json.dumps([result[key] for key in OWN]),
+                  key=json.dumps([shared[key] for key in COLUMN]),
                   parameters=int(result["trainable_parameters"]))
-    accuracy = {task: result["accuracy"][task] for task in result["tasks"]}
-    zero_shot = {task: result["zero_shot_by_seed"][task] for task in result["tasks"]}
-    accuracy["average"] = result["average"]
-    zero_shot["average"] = [statistics.mean(values) for values in zip(*zero_shot.values())]
-    return [dict(shared, task=task, seed=seed, accuracy=float(value), zero_shot=float(plain))
-            for task in accuracy
-            for seed, value, plain in zip(result["seeds"], accuracy[task], zero_shot[task],
-                                          strict=True)]
+    rows = []
+    for i, seed in enumerate(result["seeds"]):
+        zero_shot = [result["zero_shot_by_seed"][task][i] for task in result["tasks"]]
+        accuracy = [result["accuracy"][task][i] for task in result["tasks"]]
+        for task, before, after in zip([*result["tasks"], "average"],
+                                       [*zero_shot, statistics.mean(zero_shot)],
+                                       [*accuracy, statistics.mean(accuracy)]):
+            rows.append(dict(shared, task=task, seed=seed, zero_shot=before, accuracy=after))
+    return rows
 
 
-def label(runs):
+def labelled(runs):
     """The runs with a `label`: the method, its variant, the settings in which twins differ."""
-    runs = runs.assign(
-        label=runs.method + [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
-    )
+    variants = [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
+    runs = runs.assign(label=runs.method + variants)
     for _, twins in runs.groupby(["data", "clip", "label"]):
-        differ = [key for key in OWN[2:] if twins[key].astype(str).nunique() > 1]
+        differ = [key for key in COLUMN[2:] if twins[key].astype(str).nunique() > 1]
         for key in differ:
             words = twins[key].map(lambda value, key=key: said(key, value).removeprefix("with "))
             runs.loc[twins.index, "label"] += ", " + words
@@ -2157,45 +2445,43 @@ def layout(part, baseline=None):
     With a baseline also "minus baseline": the mean difference of the averages, paired by seed, and
     its standard error.
     """
-    cells, tasks = {}, list(dict.fromkeys(part.task))
-    tasks = [task for task in tasks if task != "average"] + ["average"]
-    by_task = part.drop_duplicates(["task", "seed"]).groupby("task").zero_shot.mean()
-    cells["zero-shot"] = [f"{by_task[task]:.1f}" for task in tasks] + ["", ""]
-    averages = part[part.task == "average"].set_index("seed")
-    base = averages[averages.label == baseline].accuracy
-    if baseline == "zero-shot":
-        base = averages.zero_shot.groupby("seed").first()
-    rows = [*tasks, "seeds", "parameters"]
-    for name in dict.fromkeys(part.label):
-        column = part[part.label == name]
-        values = column.groupby("task").accuracy.apply(list)
-        seeds = " ".join(str(seed) for seed in sorted(column.seed.unique()))
-        cells[name] = [mean_std(values[task]) if task in values else "" for task in tasks]
-        cells[name] += [seeds, f"{column.parameters.iloc[-1]:,}"]
-        if len(base):
-            own = averages[averages.label == name].accuracy
-            cells[name].append("" if name == baseline else paired((own - base).dropna()))
-    if len(base):
-        rows.append(f"minus {baseline}")
-        cells["zero-shot"].append("")
     import pandas
-    return pandas.DataFrame(cells, index=rows)
+    zero_shot = part.drop_duplicates(["task", "seed"])
+    zero_shot = zero_shot.assign(label="zero-shot", accuracy=zero_shot.zero_shot, parameters=0)
+    every = pandas.concat([zero_shot, part])
+    scores = every.groupby(["task", "label"], sort=False).accuracy.apply(list).unstack()
+    tasks = [task for task in dict.fromkeys(every.task) if task != "average"]
+    cells = scores.loc[[*tasks, "average"], list(dict.fromkeys(every.label))]
+    cells = cells.map(lambda values: mean_std(values) if isinstance(values, list) else "")
+    columns = every.groupby("label")
+    cells.loc["seeds"] = columns.seed.unique().map(lambda x: " ".join(map(str, sorted(x))))
+    cells.loc["parameters"] = columns.parameters.last().map("{:,}".format)
+    if baseline:
+        averages = every[every.task == "average"].pivot_table("accuracy", "seed", "label")
+        minus = averages.sub(averages[baseline], axis=0).drop(columns=baseline)
+        cells.loc[f"minus {baseline}"] = minus.apply(lambda column: paired(column.dropna()))
+    return cells.fillna("")
 
 
 def paired(differences):
     """`+1.2 ± 0.3`: the mean of differences and its standard error, or `+1.2` of one."""
     if not len(differences):
         return ""
-    error = f" ± {differences.std() / len(differences) ** 0.5:.1f}" if len(differences) > 1 else ""
+    error = f" ± {differences.sem():.1f}" if len(differences) > 1 else ""
     return f"{differences.mean():+.1f}{error}"
+
+
+def as_rows(cells):
+    """A table of cells with its head and its row names."""
+    return [["", *cells.columns], *([name, *row] for name, row in zip(cells.index, cells.values))]
 
 
 def as_markdown(cells):
     """A table of cells in Markdown."""
-    def line(row):
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
-    head = [line(["", *cells.columns]), line(["---"] * (len(cells.columns) + 1))]
-    return "\n".join([*head, *(line([name, *row]) for name, row in zip(cells.index, cells.values))])
+    head, *rows = as_rows(cells)
+    lines = [[str(cell).replace("|", "\\|") for cell in row]
+             for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot_parameters(out, runs):
@@ -2203,15 +2489,13 @@ def plot_parameters(out, runs):
     runs = runs[(runs.task == "average") & (runs.parameters > 0)]
     if runs.empty:
         return []
-    titles = list(dict.fromkeys(runs.title))
+    titles = runs.groupby("title", sort=False)
     figure, axes = pyplot().subplots(1, len(titles), figsize=(6 * len(titles), 4.5), squeeze=False,
                                      layout="tight")
-    for axis, title in zip(axes[0], titles):
-        part = runs[runs.title == title]
+    for axis, (title, part) in zip(axes[0], titles):
         for name, column in part.groupby("label", sort=False):
             axis.errorbar(column.parameters.iloc[-1], column.accuracy.mean(),
-                          column.accuracy.std(ddof=1) if len(column) > 1 else None, fmt="o",
-                          label=name)
+                          column.accuracy.std() if len(column) > 1 else None, fmt="o", label=name)
         axis.axhline(part.drop_duplicates("seed").zero_shot.mean(), color="grey", linestyle="--",
                      label="zero-shot CLIP")
         axis.set(xscale="log", xlabel="trainable parameters", ylabel="average accuracy (%)",
@@ -2231,19 +2515,16 @@ def plot_shots(out, runs):
     figure, axes = pyplot().subplots(len(groups), most, figsize=(3.5 * most, 3.5 * len(groups)),
                                      squeeze=False, layout="tight")
     for row, part in zip(axes, groups):
-        for axis, (task, panel) in zip(row, part.groupby("task", sort=False)):
-            plain_scores = (
-                panel.drop_duplicates(["shots", "seed"]).groupby("shots").zero_shot.mean()
-            )
-            axis.plot(plain_scores.index, plain_scores, "--", color="grey", label="zero-shot CLIP")
-            for name, line in panel.groupby("label", sort=False):
-                by_shots = line.groupby("shots").accuracy
-                axis.errorbar(by_shots.mean().index, by_shots.mean(), by_shots.std().fillna(0),
-                              marker="o", label=name)
-            axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
-                     xlabel="images per class", ylabel="accuracy (%)", xticks=plain_scores.index)
         for axis in row[part.task.nunique():]:
             axis.axis("off")
+        for axis, (task, panel) in zip(row, part.groupby("task", sort=False)):
+            scores = panel.groupby(["shots", "label"], sort=False).accuracy
+            scores.mean().unstack().plot(ax=axis, yerr=scores.std().unstack().fillna(0), marker="o",
+                                         xticks=panel.shots.unique(), legend=False)
+            before = panel.drop_duplicates(["shots", "seed"]).groupby("shots").zero_shot.mean()
+            axis.plot(before, "--", color="grey", label="zero-shot CLIP")
+            axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
+                     xlabel="images per class", ylabel="accuracy (%)")
         row[0].legend(fontsize=7)
     save_figure(figure, out / "shots.png")
     return ["shots.png"]
@@ -2262,93 +2543,62 @@ class PredictArgs:
 
 def predict(argv):
     """`python common.py predict CKPT IMAGE...`: the five likeliest classes, in %."""
-    given = _command("predict", PredictArgs, argv)
+    given = command_line("predict", PredictArgs, argv)
     path = datasets.expand(given.prompts)
-    kinds = dict(
-        method=str, settings=dict, prompts=dict, tasks=dict, templates=dict, trained_on=dict
-    )
-    saved = load_saved(path, "a prompts.pt", kinds, "give the prompts.pt that a run wrote")
-    if not _is_whole(saved):
-        raise UserError(f"{path} is damaged: give the prompts.pt that a run wrote")
+    saved = load_prompts(path)
     names = list(saved["tasks"])
+    chosen = given.task or names[0]
     if given.task is None and len(names) > 1:
-        raise UserError(f"{path} has {len(names)} tasks: say with --task which one the images are "
-                        f"of: {', '.join(names)}")
-    if given.task is not None and given.task not in names:
-        raise UserError(f"{path} has no task '{given.task}'{datasets.nearest(given.task, names)}: "
+        raise UserError(f"{path} has {len(names)} tasks: give the one of the images with --task: "
+                        f"{', '.join(names)}")
+    if chosen not in names:
+        raise UserError(f"{path} has no task '{chosen}'{datasets.nearest(chosen, names)}: "
                         f"give --task one of {', '.join(names)}")
-    if not given.images:
-        raise UserError("there is nothing to predict: give the files of images")
     files = [str(datasets.expand(image)) for image in given.images]
+    if not files:
+        raise UserError("there is nothing to predict: give the files of images")
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there is no image {file}: give the files of images")
         read_image(file)
-    method = FINETUNE if saved["method"] == "finetune" else load_method(saved["method"])
-    chosen = given.task or names[0]
-    seed = next(iter(saved["prompts"]))
-    known = {field.name for field in fields(method.Args)}
-    settings = {key: value for key, value in saved["settings"].items() if key in known}
-    settings.update(clip=given.clip or settings["clip"], seeds=(seed,), workers=0,
-                    device=given.device, eval=str(path), resume=False)
-    kinds = get_type_hints(method.Args)
-    for key, value in settings.items():
-        if not _is_a(kinds[key], tuple(value) if isinstance(value, list) else value):
-            raise UserError(f"{path} is damaged (its setting '{key}'): give the prompts.pt that a "
-                            "run wrote")
-    try:
-        args = _absolute(method.Args(**settings))
-        _validate(args)
-    except TypeError as error:
-        raise UserError(f"{path} is damaged ({datasets.brief(error)}): give the prompts.pt that a "
-                        "run wrote") from error
-    model, kept = load_backbone(args), []
-
-    def keep(scores, labels):
-        kept.append(scores)
-        return 0.0
-
-    images = Images(files, [0] * len(files))
-    tasks = [Task(name, classes, saved["templates"][name], images,
-                  images if name == chosen else images.subset([0]),
-                  metric=keep if name == chosen else "accuracy")
-             for name, classes in saved["tasks"].items()]
-    states = saved["prompts"][seed]
-    if getattr(args, "single_task", False):
-        tasks, states = [task for task in tasks if task.name == chosen], states.get(chosen)
-    try:
+    with usable(path, "give the prompts.pt that a run wrote"):
+        method = method_of(saved["method"])
+        seed = next(iter(saved["prompts"]))
+        known = {field.name for field in fields(method.Args)}
+        settings = {key: value for key, value in saved["settings"].items() if key in known}
+        settings.update(seeds=(seed,), clip=given.clip or settings["clip"], workers=0,
+                        device=given.device, eval=str(path), resume=False)
+        settings = {key: value for key, value in settings.items() if key in known}
+        args = absolute(method.Args(**settings))
+        check_ranges(args)
+        tasks, states = [], saved["prompts"][seed]
+        for name, class_names in saved["tasks"].items():
+            images = Images(files, [0] * len(files), crop=saved["crops"][name])
+            tasks.append(Task(name, class_names, saved["templates"][name], images, images))
+        if getattr(args, "single_task", False):
+            tasks, states = [tasks[names.index(chosen)]], states[chosen]
+    check_clip(args.clip)
+    args.device = chosen_device(args.device)
+    model = load_backbone(args, method)
+    with usable(path, "give the --clip it was trained with"):
         prompts = method.build(args, model, tasks)
         prompts.load_state_dict(states)
-    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the prompts in {path} do not fit {args.clip} ({datasets.brief(error)}): "
-                        "give the --clip that they were trained with") from error
-    method.score(args, model, tasks, prompts)
+    t = [task.name for task in tasks].index(chosen)
+    found, _, _ = task_logits(args, model, tasks, t, **method.classify(args, model, tasks, prompts))
     print(f"{chosen}, seed {seed}, %")
-    for file, row in zip(files, kept[-1].float().softmax(dim=-1).cpu()):    # zero-shot comes first
+    for file, row in zip(files, found.float().softmax(dim=-1).cpu()):
         print(f"\n{file}")
         for p, k in zip(*(x.tolist() for x in row.topk(min(5, len(row))))):
             print(f"{100 * p:6.1f}  {saved['tasks'][chosen][k]}")
 
 
-def _is_whole(saved):
-    """Whether a prompts.pt names classes and a template of every task, a backbone and prompts."""
-    parts = [*saved["tasks"], *saved["templates"].values(), saved["settings"].get("clip")]
-    for names in saved["tasks"].values():
-        if not isinstance(names, (list, tuple)) or not names:
-            return False
-        parts += names
-    states = saved["prompts"].values()
-    return (saved["method"] != "common" and saved["tasks"].keys() == saved["templates"].keys()
-            and all(isinstance(part, str) for part in parts)
-            and bool(saved["tasks"] and states) and all(isinstance(x, dict) for x in states))
-
-
-COMMANDS = {"check": check, "zero-shot": zero_shot, "probe": probe, "finetune": finetune,
+COMMANDS = {"check": check_data, "zero-shot": functools.partial(main, ZERO_SHOT),
+            "probe": functools.partial(main, PROBE), "finetune": functools.partial(main, FINETUNE),
             "table": table, "predict": predict}
 
 
 def commands(argv=None):
-    """`python common.py check|zero-shot|probe|finetune|table|predict ...`: what is no method."""
+    """`python common.py check|zero-shot|probe|finetune|table|predict ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)"
     if not argv:
@@ -2358,10 +2608,8 @@ def commands(argv=None):
         print(usage)
         return
     if word not in COMMANDS:
-        raise UserError(
-            f"'{word}' is no command{datasets.nearest(word, list(COMMANDS))}: say python "
-            f"common.py {' or '.join(COMMANDS)}, or use a method's file"
-        )
+        raise UserError(f"unknown command '{word}'{datasets.nearest(word, list(COMMANDS))}: use "
+                        f"one of {', '.join(COMMANDS)}, or a method's file")
     COMMANDS[word](rest)
 
 

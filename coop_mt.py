@@ -36,18 +36,19 @@ w(P_k)          w [K, C, D]                             mu          mean of the 
 L_upper, L_so   upper_bound, orthogonality              lambda      0.1
 
 Choices the papers leave open
-- b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. SGD with momentum 0.9 and weight decay
-  5e-4 (Dassl's defaults, on which the authors' programs run), and a cosine that steps once an
-  epoch, without CoOp's warm-up epoch; JSCPT's fixed learning rate is `--schedule constant`.
-- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
-  cycle. `--batches mixed` is HiPro's protocol: batches of the shuffled union of the tasks.
+- b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. JSCPT's fixed learning rate is
+  `--schedule constant`.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
+  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`.
+- A step takes a batch of every task (`common.batches`). `--batches mixed` is HiPro's protocol.
 - Views are fresh every epoch. At the built-in backbone 8 views per image are drawn once instead, so
   that the frozen encoder sees each of them once; they show at least 0.6 of the area, because `tiny`
   was never trained on small crops of a drawing.
 - `--surgery imtl` is IMTL-G alone: with one shared prompt and no task-specific layers, the loss
-  balance is off. IMTL-G and CAGrad return averages of the gradients; times N here, to be as long as
-  the sum that PCGrad starts from. PCGrad's random order has a generator of its own, so that all
-  kinds of surgery train on the same views. A task that is absent from a mixed batch takes no part.
+  balance is off. IMTL-G and CAGrad return averages of the gradients; times the number of tasks
+  present here, to be as long as the sum that PCGrad starts from. PCGrad's random order has a
+  generator of its own, so that all kinds of surgery train on the same views. A task that is absent
+  from a mixed batch takes no part.
 - CoCoOp: b = 16 vectors, N(0, 0.02), as the other columns of HiPro have (its own paper: 4, from "a
   photo of a"); its own batch of 1, 10 epochs and learning rate 0.002 are the defaults of
   `--conditional`. The network sees the image feature at unit length, as its authors' program does.
@@ -59,7 +60,7 @@ Choices the papers leave open
   by their mean. HiPro's epochs, batch and learning rate are the defaults of `--proda`.
 """
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,6 @@ from torch import nn
 
 import common
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
 LAMBDA = 0.1                            # ProDA's weight of its orthogonality loss
 FEW = 16                                # test images whose own texts fit into memory at once
 
@@ -76,35 +76,35 @@ FEW = 16                                # test images whose own texts fit into m
 class Args(common.Args):
     """MmAP, Sec. 4.1, "Implementation Details"."""
 
-    method = "coop_mt"
     clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) chosen as our default model"; tiny for built-in data
-    epochs: int = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
-    lr: float = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
-    batch_size: int = 16  # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
-    n_ctx: int = 16  # context length b; HiPro: "Prompt with 16 tokens"
+    epochs: common.Count = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
+    lr: common.Rate = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
+    # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
+    batch_size: common.Count = 16
+    n_ctx: common.Count = 16  # context length b; HiPro: "Prompt with 16 tokens"
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a context per task, each trained alone (the papers' column CoOp)
     surgery: Literal["none", "pcgrad", "imtl", "cagrad"] = "none"  # where tasks' gradients disagree
     conditional: bool = False  # CoCoOp: shift the context by what a network makes of the image
-    proda: int = 0  # ProDA: the number K of contexts (0: off)
+    # ProDA: the number K of contexts
+    proda: Annotated[int, common.AtLeast(2)] | None = None
 
 
-def own(args):
-    """CoCoOp's own settings, and for ProDA those of HiPro's comparison."""
+def defaults(args):
+    """Settings that follow from others: CoCoOp's own, for ProDA those of HiPro's comparison, MmAP's
+    on MiniDomainNet; those of `tiny` were chosen as data/README.md says."""
+    usual = {}
     if args.conditional:
-        return dict(batch_size=1, epochs=10, lr=0.002)
-    hipro = dict(batches="mixed", batch_size=20, epochs=100, lr=0.001)
-    return hipro if args.proda else {}
-
-
-def tiny(args):
-    """The settings of the built-in backbone, chosen as data/README.md says."""
-    if args.conditional:
-        return dict(epochs=3, lr=0.003, batch_size=4, min_crop=0.6)
-    return dict(epochs=15, lr=0.03, batch_size=16, min_crop=0.6, views=8)
-
-
-OF_DATA = dict(minidomainnet=dict(batch_size=4))
+        usual.update(batch_size=1, epochs=10, lr=0.002)
+    elif args.proda:
+        usual.update(batches="mixed", batch_size=20, epochs=100, lr=0.001)
+    elif args.data.split(":")[0] == "minidomainnet":
+        usual.update(batch_size=4)
+    if args.clip == "tiny" and args.conditional:
+        usual.update(epochs=3, lr=0.003, batch_size=4, min_crop=0.6)
+    elif args.clip == "tiny":
+        usual.update(epochs=15, lr=0.03, batch_size=16, min_crop=0.6, views=8)
+    return usual
 
 
 class Context(nn.Module):
@@ -154,93 +154,97 @@ def orthogonality(w):
     return (cosines.sum() - cosines.diagonal().sum()) / (len(w) * (len(w) - 1))
 
 
-def combined(surgery, grads, generator):
-    """The direction [P] to descend along, from the gradients [N, P] of the tasks in the batch."""
-    if surgery == "pcgrad":
-        return common.pcgrad(grads, generator)
-    return len(grads) * dict(imtl=common.imtl, cagrad=common.cagrad)[surgery](grads)
-
-
-def copies(tokens, n):
-    """Repeat the C texts [C, T] for each of n contexts: (tokens [n*C, T], the context of each)."""
+def repeated(tokens, n):
+    """The C texts [C, T] once for each of n contexts: (tokens [n*C, T], the context of each)."""
     return tokens.repeat(n, 1), torch.arange(n).repeat_interleave(len(tokens))
 
 
-def proda_loss(model, x, w, bare, labels):
-    """ProDA's loss, [1]: L_upper + lambda L_so, from image features x [B, D], text features w
-    [K, C, D], and those of the contexts without a class name, bare [K, D]."""
-    logits = torch.stack([common.logits(model, x, one) for one in w])           # [K, B, C]
+def cocoop_losses(model, prompts, x, labels, task, texts):
+    """CoCoOp: every image x [B, D] has texts of its own; the tasks' losses [N]."""
+    tokens, sets = repeated(texts.tokens, len(x))
+    w = common.encode_text(model, tokens, prompts.text_prompts(x), sets)        # [B*C, D]
+    w = w.unflatten(0, (len(x), -1))                                            # [B, C, D]
+    return common.task_losses(model, x, w, labels, task, texts)
+
+
+def proda_losses(model, prompts, x, labels, texts):
+    """ProDA, L_upper + lambda L_so of one task, [1], from image features x [B, D]."""
+    contexts = prompts.text_prompts()                                           # [1, K, b, d_l]
+    K, b = contexts.shape[1:3]
+    tokens, sets = repeated(texts.tokens, K)
+    w = common.encode_text(model, tokens, contexts, sets).unflatten(0, (K, -1))     # [K, C, D]
+    nameless = common.tokenize([""], b).expand(K, -1)
+    bare = common.encode_text(model, nameless, contexts)                        # [K, D]
+    logits = torch.stack([common.logits(model, x, w_k) for w_k in w])           # [K, B, C]
     return upper_bound(logits, labels).mean()[None] + LAMBDA * orthogonality(bare)
+
+
+def combined(surgery, losses, vectors, generator):
+    """The direction to descend along, shaped as the context, from the losses [N'] of the tasks that
+    have images in the step."""
+    grads = [torch.autograd.grad(loss, vectors, retain_graph=True)[0] for loss in losses]
+    grads = torch.stack(grads).flatten(1)                                       # [N', P]
+    if surgery == "pcgrad":
+        return common.pcgrad(grads, generator).view_as(vectors)
+    direction = dict(imtl=common.imtl, cagrad=common.cagrad)[surgery](grads)
+    return len(grads) * direction.view_as(vectors)
 
 
 def train(args, model, tasks, run):
     """Learn the context on all tasks' training images."""
     prompts = build(args, model, tasks)
     texts = common.Texts(tasks, args.n_ctx).to(model.logit_scale.device)
-    nameless = common.tokenize([""], args.n_ctx)
-    C = len(texts.tokens)
-    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    optimizer, schedule = common.sgd(args, prompts)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         order = torch.Generator().manual_seed(1_000_003 * args.seeds[0] + epoch)    # PCGrad's
         for images, labels, task in common.batches(args, model, tasks, frozen=True):
             x = common.encode_image(model, images)                              # [B, D], frozen
-            context = prompts.text_prompts(x)                                   # [1, S, b, d_l]
-            tokens, sets = copies(texts.tokens, context.shape[1])               # S times the texts
-            w = common.encode_text(model, tokens, context, sets).unflatten(0, (-1, C))  # [S, C, D]
-            if args.proda:
-                bare = common.encode_text(model, nameless.expand(args.proda, -1), context)  # [K, D]
-                losses = proda_loss(model, x, w, bare, labels)
+            if args.conditional:
+                losses = cocoop_losses(model, prompts, x, labels, task, texts)
+            elif args.proda:
+                losses = proda_losses(model, prompts, x, labels, texts)
             else:
-                w = w if args.conditional else w[0]
+                w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
                 losses = common.task_losses(model, x, w, labels, task, texts)   # [N], MmAP (5)
             optimizer.zero_grad()
             if args.surgery == "none":
                 losses.sum().backward()                                         # MmAP (11)
             else:
-                present = task.unique().tolist()
-                grads = [torch.autograd.grad(losses[t], prompts.vectors, retain_graph=True)[0]
-                         for t in present]
-                direction = combined(args.surgery, torch.stack(grads).flatten(1), order)
-                prompts.vectors.grad = direction.view_as(prompts.vectors)
+                present = losses[task.unique()]
+                prompts.vectors.grad = combined(args.surgery, present, prompts.vectors, order)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses, task))
         schedule.step()
     return prompts
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and of the learned context, in %."""
+def classify(args, model, tasks, prompts):
+    """The tasks' text features; with CoCoOp a function, as each image has texts of its own."""
     texts = common.Texts(tasks, args.n_ctx)
 
-    def classifiers(x=None):
-        """Unit-length text features [S, C, D]."""
-        context = prompts.text_prompts(x)
-        tokens, sets = copies(texts.tokens, context.shape[1])
-        w = common.encode_text(model, tokens, context, sets)
+    def text_features(x=None):
+        """Unit-length text features [S, C, D] of S contexts."""
+        contexts = prompts.text_prompts(x)
+        tokens, sets = repeated(texts.tokens, contexts.shape[1])
+        w = common.encode_text(model, tokens, contexts, sets)
         return F.normalize(w, dim=-1).unflatten(0, (-1, len(texts.tokens)))
 
-    def cosines(x):
+    def conditional_logits(x):
         """[n, C], where each image of x [n, D] has its own texts; a few images at a time."""
-        return torch.cat([(classifiers(part) @ part[..., None])[..., 0] for part in x.split(FEW)])
+        return torch.cat([common.logits(model, part, text_features(part))
+                          for part in x.split(FEW)])
 
     if args.conditional:
-        return common.evaluate(args, model, tasks, [cosines])
+        return dict(classifiers=[conditional_logits])
     with torch.no_grad():
-        w = classifiers().mean(dim=0)                   # ProDA's mu; of one context, its own
-    return common.evaluate(args, model, tasks, [w[mine] for mine in texts.mine.to(w.device)])
+        w = text_features().mean(dim=0)                 # ProDA's mu; of one context, its own
+    return dict(classifiers=[w[mine] for mine in texts.mine.to(w.device)])
 
 
-def check_tasks(args, tasks):
-    """Raise UserError for tasks that ProDA's loss is not defined on."""
-    for task in tasks:
-        if args.proda and any(isinstance(label, tuple) for label in task.train.labels):
-            raise common.UserError(f"--proda has a loss for one class per image, and {task.name} "
-                                   "has several: leave the task out")
-
-
-def check(args):
-    """Raise UserError for settings that contradict each other."""
+def check(args, tasks):
+    """Raise UserError for settings that contradict each other, and for tasks whose images have
+    several labels under ProDA."""
     if args.conditional and args.proda:
         raise common.UserError("--conditional is CoCoOp and --proda is ProDA: leave one of them "
                                "out")
@@ -253,16 +257,19 @@ def check(args):
     if args.conditional and args.views:
         raise common.UserError("--conditional draws fresh views, as its paper does: leave out "
                                "--views")
-    if args.proda < 0 or args.proda == 1:
-        raise common.UserError(f"--proda {args.proda} contexts have no distribution: give 2 or "
-                               "more")
+    for task in tasks or []:
+        if args.proda and any(isinstance(label, tuple) for label in task.train.labels):
+            raise common.UserError(f"--proda has a loss for one class per image, and {task.name} "
+                                   "has several: leave the task out")
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, tiny, OF_DATA, own)
-    check(args)
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, check=check_tasks, tiny=tiny)
+def n_text(args):
+    """b vectors stand before a class name."""
+    return args.n_ctx
 
+
+METHOD = common.Method("coop_mt", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, n_text=n_text)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

@@ -45,10 +45,10 @@ Choices the paper leaves open
 - `--grouping tag-groups` is TAG as a baseline: at most `--groups` disjoint groups (TAG's may
   overlap), chosen to maximize the sum of the tasks' mean affinities to the others in their group,
   0 for a task alone. A task is classified by its group's prompt alone.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
-  a cosine that steps once an epoch, without warm-up. Fresh views every epoch. For the built-in
-  backbone 8 views per image are drawn once instead, so that the frozen image encoder sees each of
-  them once; they show at least 0.6 of the area, because `tiny` was never trained on small crops.
+- SGD and its cosine: `common.sgd`; the paper states no warm-up. Fresh views every epoch. For the
+  built-in backbone 8 views per image are drawn once instead, so that the frozen image encoder sees
+  each of them once; they show at least 0.6 of the area, because `tiny` was never trained on small
+  crops.
 """
 from dataclasses import dataclass
 from itertools import product
@@ -60,7 +60,6 @@ from torch import nn
 
 import common
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
 SHARED_PROMPTS, EVERY = 8, 5            # "the inter-task affinity every 5 steps with 8 task-shared
                                         # prompts"
 
@@ -69,20 +68,24 @@ SHARED_PROMPTS, EVERY = 8, 5            # "the inter-task affinity every 5 steps
 class Args(common.Args):
     """Sec. 4, "Training Details"."""
 
-    method = "hipro"
     clip: str = "RN50"  # "CLIP with ResNet-50 vision backbone as our default model"; else tiny
-    epochs: int = 100  # "trained by the SGD optimizer for 100 epochs"
-    lr: float = 0.001  # "with a learning rate of 0.001 and the cosine decay scheduler"
-    batch_size: int = 20  # "Batch size is 20": images of all tasks; per task with --batches tasks
+    epochs: common.Count = 100  # "trained by the SGD optimizer for 100 epochs"
+    lr: common.Rate = 0.001  # "with a learning rate of 0.001 and the cosine decay scheduler"
+    # "Batch size is 20": images of all tasks; per task with --batches tasks
+    batch_size: common.Count = 20
     batches: Literal["tasks", "mixed"] = "mixed"  # "Images from all tasks are combined together"
-    n_ctx: int = 16  # "Prompt with 16 tokens"
+    n_ctx: common.Count = 16  # "Prompt with 16 tokens"
     # Sec. 3.3; others but tag-groups: Table 4; tag-groups: column TAG of Tables 1, 2
     grouping: Literal["tree", "shared+individual", "random", "tag", "tag-groups"] = "tree"
-    groups: int = 2  # at most so many groups of tasks, with --grouping tag-groups (ours)
+    # at most so many groups of tasks, with --grouping tag-groups (ours)
+    groups: common.Count = 2
 
 
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6, views=8)
+def defaults(args):
+    """The settings of `tiny`; data/README.md says how they were chosen."""
+    if args.clip == "tiny":
+        return dict(epochs=15, lr=0.03, batch_size=64, min_crop=0.6, views=8)
+    return {}
 
 
 # ------------------------------------------------------------------------ prompts (Sec. 3.2, 3.3)
@@ -131,12 +134,9 @@ class NodePrompts(nn.Module):
 class SharedPrompts(nn.Module):
     """Independently initialised prompts for all tasks, on which the affinity is measured."""
 
-    def __init__(self, n_tasks, n_ctx, width):
+    def __init__(self, n_ctx, width):
         super().__init__()
         self.vectors = nn.Parameter(0.02 * torch.randn(SHARED_PROMPTS, n_ctx, width))   # p_all
-        self.register_buffer("total", torch.zeros(n_tasks, n_tasks))        # of the snapshots
-        self.register_buffer("snapshots", torch.zeros(n_tasks, n_tasks))    # with both tasks
-        self.register_buffer("steps", torch.zeros(()))
 
 
 # -------------------------------------------------------------------- inter-task affinity, Eq. (3)
@@ -172,23 +172,6 @@ def tag_affinity(model, texts, batch, vectors, grads, losses, lr):
     return (rows + rows.t()) / 2
 
 
-def task_gradients(losses, copies, first):
-    """The gradient of every task's loss [S, N] at every shared prompt, [S, N, b, d_l].
-
-    copies [S, N, b, d_l]: a copy of each prompt per task. A task with the class names of an earlier
-    one uses the copy of that one, first[i], so that they share texts and a snapshot needs no more
-    memory than a step. One backward pass tells apart the gradients at different copies; tasks that
-    share a copy take turns.
-    """
-    turn = [first[:i].count(owner) for i, owner in enumerate(first)]
-    grads = torch.zeros_like(copies)
-    for k in range(max(turn) + 1):
-        mine = [i for i in range(len(first)) if turn[i] == k]
-        g, = torch.autograd.grad(losses[:, mine].sum(), copies, retain_graph=k < max(turn))
-        grads[:, mine] = g[:, [first[i] for i in mine]]
-    return grads
-
-
 def measure_affinity(args, model, tasks, run):
     """Train the task-shared prompts, each on all tasks, and average the snapshots: [N, N].
 
@@ -197,47 +180,40 @@ def measure_affinity(args, model, tasks, run):
     """
     run.seed_phase("affinity")
     N, device = len(tasks), model.logit_scale.device
-    shared = SharedPrompts(N, args.n_ctx, len(model.ln_final.weight)).to(device)
-    names = [list(task.class_names) for task in tasks]
-    first = [names.index(own) for own in names]                         # the first with such names
-    pairs = list(product(range(SHARED_PROMPTS), range(N)))              # copy m N + i is (m, i)'s
+    shared = SharedPrompts(args.n_ctx, len(model.ln_final.weight)).to(device)
+    snapshots = common.PairMean(N).to(device)
+    pairs = list(product(range(SHARED_PROMPTS), range(N)))              # (prompt, task)
     task_of = torch.tensor([i for _, i in pairs], device=device)
-    together = common.Texts(tasks * SHARED_PROMPTS, args.n_ctx, [m for m, _ in pairs])
-    apart = common.Texts(tasks * SHARED_PROMPTS, args.n_ctx, [m * N + first[i] for m, i in pairs])
-    together.to(device)
-    apart.to(device)
-    optimizer, schedule = common.sgd(args, shared, MOMENTUM, WEIGHT_DECAY)
-    for epoch in run.epochs("affinity", args.epochs, shared=shared, optimizer=optimizer,
-                            schedule=schedule):
-        for images, labels, task in common.batches(args, model, tasks, frozen=True):
-            snapshot = shared.steps % EVERY == 0
-            copies = shared.vectors[:, None].expand(-1, N, -1, -1)              # [8, N, b, d_l]
-            texts = apart if snapshot else together
-            text_prompts = copies.flatten(0, 1) if snapshot else shared.vectors
+    texts = common.Texts(tasks * SHARED_PROMPTS, args.n_ctx, [m for m, _ in pairs]).to(device)
+    n_steps = common.steps_per_epoch(args, tasks)
+    optimizer, schedule = common.sgd(args, shared)
+    for epoch in run.epochs("affinity", args.epochs, shared=shared, snapshots=snapshots,
+                            optimizer=optimizer, schedule=schedule):
+        steps = common.batches(args, model, tasks, frozen=True)
+        for step, (images, labels, task) in enumerate(steps, epoch * n_steps):
             x = common.encode_image(model, images)                              # [B, D], frozen
-            w = common.encode_text(model, texts.tokens, text_prompts[None], texts.sets)
+            w = common.encode_text(model, texts.tokens, shared.vectors[None], texts.sets)
             image, pair = torch.where(task[:, None] == task_of)     # an image once for every prompt
             batch = x[image], labels[image], pair
             losses = losses_at(model, w, batch, texts)                          # [8, N], Eq. (1)
             optimizer.zero_grad()
-            if snapshot:
-                grads = task_gradients(losses, copies, first)                   # [8, N, b, d_l]
-                shared.vectors.grad = grads.sum(1)                              # Eq. (2)
+            if step % EVERY == 0:
+                grads = torch.stack([
+                    torch.autograd.grad(loss, shared.vectors, retain_graph=True)[0]
+                    for loss in losses.sum(0)], dim=1)                          # [8, N, b, d_l]
                 if args.grouping == "tree":
-                    shared.total += gradient_affinity(grads.flatten(2))         # Eq. (3)
+                    snapshots.add(gradient_affinity(grads.flatten(2)), task)    # Eq. (3)
                 else:
                     lr = optimizer.param_groups[0]["lr"]
-                    shared.total += tag_affinity(model, together, batch, shared.vectors, grads,
-                                                 losses.detach(), lr)
-                present = torch.isin(torch.arange(N, device=device), task)
-                shared.snapshots += present[:, None] & present
+                    snapshots.add(tag_affinity(model, texts, batch, shared.vectors, grads,
+                                               losses.detach(), lr), task)
+                shared.vectors.grad = grads.sum(1)                              # Eq. (2)
             else:
                 losses.sum().backward()                                         # Eq. (2)
             optimizer.step()
-            shared.steps += 1
-            run.log(loss=losses.sum(), losses=common.of_present(losses.mean(0), task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses.mean(0), task))
         schedule.step()
-    return shared.total / shared.snapshots.clamp(min=1)
+    return snapshots.mean()
 
 
 # ----------------------------------------------------------- hierarchical task clustering, Eq. (4)
@@ -250,7 +226,7 @@ def task_tree(affinity):
     clustering continues. All excluded clusters are returned when the remaining clusters are less
     than 2." (Sec. 3.3)
     """
-    d = torch.as_tensor(affinity).double().tolist()
+    d = torch.as_tensor(affinity).cpu().double().tolist()
     nodes = [(i,) for i in range(len(d))]
     active, excluded = list(nodes), []
     while len(active) + len(excluded) > 1:
@@ -277,7 +253,7 @@ def group_tasks(affinity, n_groups):
     groups whose union adds most (or costs least) are joined while there are too many groups or
     joining pays. Returns sorted lists of task numbers.
     """
-    d = torch.as_tensor(affinity).double().tolist()
+    d = torch.as_tensor(affinity).cpu().double().tolist()
     tasks = list(range(len(d)))
 
     def total(groups):
@@ -359,7 +335,7 @@ def train(args, model, tasks, run):
     texts = node_texts(args, tasks, nodes).to(device)
     task_of = torch.tensor([i for _, i in pairs_of(nodes)], device=device)      # of every pair
     over_nodes = F.normalize(F.one_hot(task_of).t().float(), p=1)               # [N, pairs]: a mean
-    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    optimizer, schedule = common.sgd(args, prompts)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks, frozen=True):
@@ -370,7 +346,7 @@ def train(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()     # Eq. (2) of every node: no loss depends on two prompts
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(over_nodes @ losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(over_nodes @ losses, task))
         schedule.step()
     return prompts
 
@@ -398,26 +374,28 @@ def fuse(node_weights, nodes, task):
 
 
 @torch.no_grad()
-def classifiers_of(args, model, tasks, prompts):
-    """Every task's classifier [K, D]: the fused unit-length text features of its nodes."""
+def classify(args, model, tasks, prompts):
+    """Every task's classifier: the fused unit-length text features of its nodes."""
     nodes = prompts.nodes()
-    pairs, texts = pairs_of(nodes), node_texts(args, tasks, nodes)
+    texts = node_texts(args, tasks, nodes)
     w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-    unit, fused = texts.classifiers(w), []
-    for i in range(len(tasks)):
-        mine = [p for p, (_, t) in enumerate(pairs) if t == i]
-        node_weights = torch.stack([unit[p] for p in mine])     # [nodes of the task, K, D]
-        fused.append(fuse(node_weights, [nodes[pairs[p][0]] for p in mine], i))
-    return fused
+    weights = dict(zip(pairs_of(nodes), texts.classifiers(w)))                  # each [K, D]
+    fused = []
+    for i, task in enumerate(tasks):
+        node_weights = w.new_zeros(len(nodes), len(task.class_names), w.shape[1])   # [M, K, D]
+        for m, node in enumerate(nodes):
+            if i in node:
+                node_weights[m] = weights[m, i]
+        fused.append(fuse(node_weights, nodes, i))
+    return dict(classifiers=fused)
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and of HiPro, the nodes, and the affinity if measured."""
-    scores = common.evaluate(args, model, tasks, classifiers_of(args, model, tasks, prompts))
-    scores["nodes"] = [[tasks[i].name for i in node] for node in prompts.nodes()]
+def report(args, tasks, prompts):
+    """The nodes, and the affinity if it was measured."""
+    found = dict(nodes=[[tasks[i].name for i in node] for node in prompts.nodes()])
     if measured(args, tasks):
-        scores["affinity"] = prompts.affinity.tolist()
-    return scores
+        found["affinity"] = prompts.affinity.tolist()
+    return found
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -458,22 +436,22 @@ def leaves(node, nodes):
 
 
 def check(args, tasks):
-    """Reject more groups than tasks."""
-    if args.grouping == "tag-groups" and args.groups > len(tasks) > 1:
+    """Raise UserError for groups that no grouping makes, and more groups than tasks."""
+    if args.groups != Args.groups and args.grouping != "tag-groups":
+        raise common.UserError(f"--groups {args.groups} is for --grouping tag-groups, not for "
+                               f"--grouping {args.grouping}: leave one of them out")
+    if tasks and args.grouping == "tag-groups" and args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
                                f"--data {args.data}: give fewer")
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY)
-    if args.groups < 1:
-        raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
-    if args.groups != Args.groups and args.grouping != "tag-groups":
-        raise common.UserError(f"--groups {args.groups} is for --grouping tag-groups, not for "
-                               f"--grouping {args.grouping}: leave one of them out")
-    common.run_seeds(args, build, train, score, args.n_ctx, own=True, check=check, plot=plot,
-                     tiny=TINY)
+def n_text(args):
+    """b vectors stand before a class name."""
+    return args.n_ctx
 
+
+METHOD = common.Method("hipro", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, report=report, plot=plot, n_text=n_text, bound=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

@@ -13,12 +13,12 @@ the gradient that the loss on held-out images has through the prompts, Eq. (10)-
 differentiation with a truncated Neumann series.
 
     python jscpt.py                                                     # built-in benchmark, CPU
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3         # Table 1
-    python jscpt.py --data minidomainnet --split 0.01 --seeds 1 2 3     # Table 2
-    python jscpt.py --data coop10 --shots 5 --seeds 1 2 3               # Table 3
-    python jscpt.py --data officehome --split 0.1 --seeds 1 2 3 --no-selection    # Table 4; others:
-                        # --no-prompt-schedule, --no-task-schedule, --cagrad
-    python jscpt.py --data officehome --split 0.2 --plot                # Figures 4 and 5
+    python jscpt.py --data officehome --split 0.1 --dev-shots 4 --seeds 1 2 3       # Table 1
+    python jscpt.py --data minidomainnet --split 0.01 --dev-shots 4 --seeds 1 2 3   # Table 2
+    python jscpt.py --data coop10 --shots 5 --dev-shots 4 --seeds 1 2 3             # Table 3
+    python jscpt.py --data officehome --split 0.1 --dev-shots 4 --seeds 1 2 3 --no-selection
+                        # Table 4; others: --no-prompt-schedule, --no-task-schedule, --cagrad
+    python jscpt.py --data officehome --split 0.2 --dev-shots 4 --plot             # Figures 4 and 5
 
 paper               code                            paper           code
 P_l^sh, P_v^sh      P_l_shared, P_v_shared          phi             phi = schedule(...), Eq. (6)
@@ -36,38 +36,43 @@ Choices the paper leaves open
   rest zero, and m = 0. So selected features equal the features at the start, 2 sigma(0) x = x, the
   causal effect is sigma(1), and selection can only be learned. Prompts, masks and network come to
   813,600 parameters for four tasks at ViT-B/16, 0.2034 M per task; alpha and beta count apart.
-- Eq. (4) as printed, the sigmoid of an exponential, lies in (0.5, 1), so the paper's "below 0.5"
-  cannot occur. Its original loss is that of the same step's features without selection.
+- Eq. (4) as printed, the sigmoid of an exponential, lies in (0.5, 1), so the paper's case of an
+  effect < 0.5 cannot occur. Its original loss is that of the same step's features without
+  selection.
 - Eq. (5) is clamped to the [-1, 1] that the paper states, with a zero diagonal. In Eq. (6) beta_i
   is a vector over source tasks and the product a dot product; alpha and beta start at 1. phi is a
   constant in the lower step, which uses one gradient per task.
-- A factor of Eq. (6) that an ablation leaves out keeps its starting value (task: sigma(0) = 0.5,
-  prompt: sigma(sigma(1))), so that the first steps of all ablations are of about one length: they
-  differ by the affinity of the first batches, which is not zero. `--no-selection` fixes the masks
+- An ablated factor of Eq. (6) is fixed at its initial value (task 0.5, prompt sigma(sigma(1))). The
+  first steps of all ablations then have about the same length. `--no-selection` fixes the masks
   at 0.5; the network stays. `--cagrad` combines the gradients of all shared parameters by CAGrad,
   times N to be a sum, weighted by the prompts' factor alone.
 - D_dev is the dataset's validation part, or 20% of a task's training images, held out by seed (in
-  the ablations too); a random batch per task of it, not augmented, at every upper step.
-  `--dev-shots k` (the authors' program: up to 4) takes k images per class from outside the training
-  split instead, and out of the test set, so that no test image takes part.
+  the ablations too), so that all methods of a comparison train and test on the same images; a
+  random batch per task of it, not augmented, at every upper step. The paper samples it "from the
+  validation set" (Sec. 3.4), outside the images that are trained on: `--dev-shots k`, in the
+  commands of its tables 4 (the authors' program: up to 4), takes k images per class from the
+  validation part, else from unused training images, else from the test images, which then are
+  fewer. Under `--validate` images are held out of the training images as without it.
 - The upper step takes L from the latest training batch at the updated prompts, effect and affinity
   as that batch had them, and moves alpha and beta by Adam, lr 0.0015 (the authors' program). At the
   paper's settings on 10% of Office-Home there are about 115 upper steps, each of about 0.0015 at
   most: alpha and beta stay within about 0.17 of 1. The Neumann series has a scale s (Lorraine et
   al., AISTATS 2020): s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The last prompts
   are returned.
-- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
-  cycle. Fresh views every epoch. SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults),
-  which Eq. (10) does not see.
+- A step takes a batch of every task (`common.batches`), with fresh views. Eq. (10) does not see the
+  momentum and weight decay of `common.sgd`.
 - The authors' program averages the shared and the specific prompts and their features, takes the
-  affinity from losses without selection, and never updates Omega: this follows the paper.
+  affinity from losses without selection, never updates Omega, switches the causal factor off, has
+  softplus in place of sigma, a mean of affinities, weights rescaled to sum to N, and steps its
+  learning rate twice an epoch: this follows the paper.
 """
 import itertools
-import json
 import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -77,7 +82,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import data as datasets
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
 HIDDEN = 32           # of the selection network: what the paper's 0.203 M parameters leave room for
 
 
@@ -85,27 +89,32 @@ HIDDEN = 32           # of the selection network: what the paper's 0.203 M param
 class Args(common.Args):
     """Sec. 4.1, "Implementation details"."""
 
-    method = "jscpt"
     clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) as our default model"; tiny for built-in data
-    epochs: int = 50  # "trained for 50 epochs"
-    lr: float = 0.0015  # eta_1: "the SGD optimizer with a learning rate fixed at 0.0015"
-    batch_size: int = 16  # images per task: "16, 4, and 32" (Office-Home, MiniDomainNet, datasets)
-    n_ctx: int = 16  # "set the number of prompt tokens to 16", shared ones and specific ones each
-    upper_every: int = 10  # M: lower steps per upper step; "H is set to 3 and M to 10"
-    terms: int = 3  # H: Hessian products in the Neumann series
-    upper_lr: float = 0.0015  # eta_2: Adam's learning rate for alpha and beta (ours)
-    scale: float | None = None  # scale of the Neumann series (default: the learning rate)
-    dev_shots: int | None = None  # D_dev: so many images per class from outside the training split
+    epochs: common.Count = 50  # "trained for 50 epochs"
+    lr: common.Rate = 0.0015  # eta_1: "the SGD optimizer with a learning rate fixed at 0.0015"
+    # images per task: "16, 4, and 32" (Office-Home, MiniDomainNet, datasets)
+    batch_size: common.Count = 16
+    # "set the number of prompt tokens to 16", shared ones and specific ones each
+    n_ctx: common.Count = 16
+    upper_every: common.Count = 10  # M: lower steps per upper step; "H is set to 3 and M to 10"
+    terms: Annotated[int, common.AtLeast(0)] = 3  # H: Hessian products in the Neumann series
+    upper_lr: common.Rate = 0.0015  # eta_2: Adam's learning rate for alpha and beta (ours)
+    scale: common.Rate | None = None  # scale of the Neumann series (default: the learning rate)
+    # D_dev: so many images per class from outside the training split
+    dev_shots: common.Count | None = None
     selection: bool = True  # learned masks; without: Table 4
     prompt_schedule: bool = True  # phi depends on the causal effect; without: Table 4
     task_schedule: bool = True  # phi depends on the affinity; without: Table 4
     cagrad: bool = False  # CAGrad in place of the task schedule: Table 4
 
 
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=7, lr=0.005, batch_size=8, n_ctx=4, min_crop=0.6, upper_lr=0.05)
-OF_DATA = dict(minidomainnet=dict(batch_size=4), coop10=dict(batch_size=32),
-               coop11=dict(batch_size=32))
+def defaults(args):
+    """The settings of `tiny` (data/README.md says how they were chosen), and the paper's batch
+    sizes."""
+    if args.clip == "tiny":
+        return dict(epochs=7, lr=0.005, batch_size=8, n_ctx=4, min_crop=0.6, upper_lr=0.05)
+    sizes = dict(minidomainnet=4, coop10=32, coop11=32)
+    return dict(batch_size=sizes.get(args.data.split(":")[0], 16))
 
 
 # --------------------------------------------------------------- prompts and selection (Sec. 3.2)
@@ -133,17 +142,24 @@ class MTVLP(nn.Module):
             self.m = nn.Parameter(self.m)
         self.register_buffer("alpha", torch.ones(N))
         self.register_buffer("beta", torch.ones(N, N))
-        self.register_buffer("steps", torch.tensor(0))          # lower steps so far
         for name, shape in dict(effect=(N,), affinity=(N, N), phi=(N,)).items():
             self.register_buffer(name, torch.zeros(shape))      # the last epoch's means
+
+    def theta(self):
+        """theta as it is, {name: [N, ...] or [1, ...]}; m also where it is fixed."""
+        return {**dict(self.named_parameters()), "m": self.m}
 
     def copies(self):
         """theta with a copy of every tensor for every task, {name: [N, ...]}.
 
         The gradient of the summed losses with respect to these copies is each task's own gradient.
         """
-        theta = {**dict(self.named_parameters()), "m": self.m}
-        return {name: x.expand(len(self.alpha), *x.shape[1:]) for name, x in theta.items()}
+        N = len(self.alpha)
+        return {name: x.expand(N, *x.shape[1:]) for name, x in self.theta().items()}
+
+    def of_task(self, t):
+        """Task t's part of theta and what is shared, {name: [1, ...]}."""
+        return {name: x if len(x) == 1 else x[t:t + 1] for name, x in self.theta().items()}
 
 
 def text_prompts(theta):
@@ -220,6 +236,18 @@ def schedule(alpha, beta, effect, affinity):
     return prompt_factor * task_factor
 
 
+@torch.no_grad()
+def weigh(losses_original, losses, shared_grads, alpha, beta):
+    """A step's causal effect [N], affinity [N, N] and weights phi [N], Eq. (4)-(6).
+
+    losses_original, losses: the tasks' losses without and with selection [N]; shared_grads [N, P]:
+    their gradients on the shared prompts; alpha, beta: as for `schedule`.
+    """
+    effect = causal_effect(losses_original, losses)                             # Eq. (4)
+    A = affinity(shared_grads)                                                  # Eq. (5)
+    return effect, A, schedule(alpha, beta, effect, A)                          # Eq. (6)
+
+
 def omega_of(args, prompts):
     """What is learned of Omega, {name: tensor}, without what an ablation leaves out."""
     omega = {}
@@ -265,30 +293,56 @@ def neumann(hvp, v, steps, scale):
     return [scale * a for a in total]
 
 
-def implicit_gradient(parameters, grads, dev_grads, phi, omega, steps, scale):
+def implicit_gradient(parameters, losses, dev_losses, phi, omega, steps, scale):
     """The gradient of the development loss with respect to Omega, Eq. (10)-(11), shaped as omega.
 
-    parameters: theta's tensors [N, ...] or [1, ...]; grads: the tasks' gradients [N, ...] of each,
-    which can be differentiated once more; dev_grads: shaped as the parameters; phi [N]: a function
-    of omega. L is linear in phi, so the mixed term is sum_i (grad_Omega phi_i) (grad_theta L_i) and
-    needs no second derivative.
+    parameters: theta's tensors; losses, dev_losses: for each task a function that computes its loss
+    on the training and on the development batch; phi [N]: a function of omega.
+
+    L = sum_i phi_i L_i, so its Hessian products are sums over tasks, and memory holds the graph of
+    one task at a time: each product builds it again. L is linear in phi, so the mixed term is
+    sum_i (grad_Omega phi_i) (grad_theta L_i) and needs no second derivative.
     """
-    gradient = scheduled_gradient(phi, grads, parameters)
+    def hvp(v):                                                 # sum_i phi_i (Hessian of L_i) v
+        total = [torch.zeros_like(p) for p in parameters]
+        for phi_i, loss in zip(phi.detach(), losses):
+            for h, part in zip(total, hessian_product(loss, parameters, v)):
+                h += phi_i * part
+        return total
 
-    def hvp(v):
-        return torch.autograd.grad(gradient, parameters, v, retain_graph=True)
+    dev_grads = [torch.zeros_like(p) for p in parameters]
+    for loss in dev_losses:
+        for total, g in zip(dev_grads, torch.autograd.grad(loss(), parameters)):
+            total += g
+    p = neumann(hvp, dev_grads, steps, scale)                                   # Eq. (11)
+    dots = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss(), parameters)
+        dots.append(sum((g * x).sum() for g, x in zip(grads, p)))
+    return torch.autograd.grad(phi, omega, -torch.stack(dots))                  # Eq. (10)
 
-    p = neumann(hvp, dev_grads, steps, scale)
-    dots = sum((g.detach() * x.expand_as(g)).flatten(1).sum(dim=1) for g, x in zip(grads, p))
-    return torch.autograd.grad(phi, omega, -dots)
+
+def hessian_product(loss, parameters, v):
+    """The Hessian of loss(), a function of the parameters, times v, shaped as they are."""
+    with sdpa_kernel(SDPBackend.MATH):      # fused attention has no second derivative
+        grads = torch.autograd.grad(loss(), parameters, create_graph=True)
+    return torch.autograd.grad(grads, parameters, v)
 
 
-def losses_at(model, texts, copies, batch):
+def losses_at(model, texts, theta, batch):
     """Every task's loss [N] on the selected features of a batch (images, labels, task), Eq. (3)."""
     images, labels, task = batch
-    x = common.encode_image(model, images, image_prompts(copies), task)
-    w = common.encode_text(model, texts.tokens, text_prompts(copies), texts.sets)
-    return common.task_losses(model, select(copies, x, task), w, labels, task, texts)
+    x = common.encode_image(model, images, image_prompts(theta), task)
+    w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
+    return common.task_losses(model, select(theta, x, task), w, labels, task, texts)
+
+
+def loss_of_task(model, texts, prompts, batch, t):
+    """Task t's loss on its part of a batch, from its own prompts and texts alone."""
+    images, labels, task = batch
+    mine = torch.where(task == t)[0]
+    batch = images[mine], labels[mine], torch.zeros_like(mine)      # of the only task, number 0
+    return losses_at(model, texts.of_task(t), prompts.of_task(t), batch)[0]
 
 
 def upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper):
@@ -297,19 +351,14 @@ def upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper):
     batch: the latest training batch, with its effect [N] and affinity A [N, N] as constants;
     dev_batch: a batch of D_dev; upper: Adam on alpha and beta.
     """
-    theta = dict(prompts.named_parameters())
-    dev_losses = losses_at(model, texts, prompts.copies(), dev_batch)
-    dev_grads = torch.autograd.grad(dev_losses.sum(), list(theta.values()))     # of L_dev
-    with sdpa_kernel(SDPBackend.MATH):      # fused attention has no second derivative
-        copies = prompts.copies()
-        losses = losses_at(model, texts, copies, batch)
-        grads = torch.autograd.grad(
-            losses.sum(), [copies[name] for name in theta], create_graph=True
-        )
-        omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
-        phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)
-        found = implicit_gradient(list(theta.values()), grads, dev_grads, phi, list(omega.values()),
-                                  args.terms, args.scale or args.lr)
+    omega = {name: x.clone().requires_grad_() for name, x in omega_of(args, prompts).items()}
+    phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)            # Eq. (6)
+    at = partial(loss_of_task, model, texts, prompts)
+    present = batch[2].unique().tolist()
+    losses = [partial(at, batch, t) for t in present]
+    dev_losses = [partial(at, dev_batch, t) for t in dev_batch[2].unique().tolist()]
+    found = implicit_gradient(list(prompts.parameters()), losses, dev_losses, phi[present],
+                              list(omega.values()), args.terms, args.scale or args.lr)
     for x, g in zip(omega_of(args, prompts).values(), found):
         x.grad = g
     upper.step()
@@ -344,19 +393,19 @@ class Development:
 def train(args, model, tasks, run):
     """Algorithm 1; returns the trained prompts, with the schedule that they ended with."""
     prompts = build(args, model, tasks)
-    if args.dev_shots is None:
+    if args.dev_shots is None or args.validate:
         tasks = datasets.with_held_out(tasks, args.seeds[0])
     development = Development(args, model, tasks)
     theta, omega = dict(prompts.named_parameters()), omega_of(args, prompts)
     texts = texts_of(args, tasks).to(model.logit_scale.device)
-    lower = torch.optim.SGD(
-        theta.values(), lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-    )
+    lower, _ = common.sgd(args, prompts)                        # "a learning rate fixed at 0.0015"
     upper = torch.optim.Adam([prompts.alpha, prompts.beta], lr=args.upper_lr)
     combine = cagrad_gradient if args.cagrad else scheduled_gradient
+    n_steps = common.steps_per_epoch(args, tasks)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, lower=lower, upper=upper):
         seen = []
-        for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
+        steps = common.batches(args, model, tasks)
+        for step, (images, labels, task) in enumerate(steps, epoch * n_steps + 1):
             # lower level: update theta with fixed Omega
             copies = prompts.copies()
             x = common.encode_image(model, images, image_prompts(copies), task)             # [B, D]
@@ -366,22 +415,18 @@ def train(args, model, tasks, run):
             grads = torch.autograd.grad(losses.sum(), [copies[name] for name in theta])
             with torch.no_grad():
                 original = common.task_losses(model, x, w, labels, task, texts)
-                effect = causal_effect(original, losses)                        # Eq. (4)
-                of_task = dict(zip(theta, grads))
-                shared = [of_task[name].flatten(1) for name in ("P_l_shared", "P_v_shared")]
-                A = affinity(torch.cat(shared, dim=1))                          # Eq. (5)
-                phi = schedule(omega.get("alpha"), omega.get("beta"), effect, A)    # Eq. (6)
+            of_task = dict(zip(theta, grads))
+            shared = [of_task[name].flatten(1) for name in ("P_l_shared", "P_v_shared")]
+            effect, A, phi = weigh(original, losses, torch.cat(shared, dim=1),  # Eq. (4)-(6)
+                                   omega.get("alpha"), omega.get("beta"))
             for p, g in zip(theta.values(), combine(phi, grads, list(theta.values()))):
                 p.grad = g                                                      # Eq. (9)
             lower.step()
-            prompts.steps += 1
             # upper level: update Omega with the present theta, Eq. (10)-(11)
-            if omega and prompts.steps % args.upper_every == 0:
-                batch = images, labels, task
-                upper_step(
-                    args, model, texts, prompts, batch, development.batch(), effect, A, upper
-                )
-            losses, effect, phi = (common.of_present(x, task) for x in (losses, effect, phi))
+            if omega and step % args.upper_every == 0:
+                batch, dev_batch = (images, labels, task), development.batch()
+                upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper)
+            losses, effect, phi = (common.nan_where_absent(x, task) for x in (losses, effect, phi))
             run.log(loss=losses.nansum(), losses=losses, effect=effect, phi=phi, affinity=A,
                     alpha=prompts.alpha.clone(), beta=prompts.beta.clone())
             seen.append((effect, phi, A))
@@ -393,51 +438,54 @@ def train(args, model, tasks, run):
     return prompts
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and of JSCPT, and the schedule at the end."""
-    with torch.no_grad():
-        theta, texts = prompts.copies(), texts_of(args, tasks)
-        w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
+@torch.no_grad()
+def classify(args, model, tasks, prompts):
+    """The tasks' classifiers, image prompts and feature selection."""
+    theta, texts = prompts.copies(), texts_of(args, tasks)
+    w = common.encode_text(model, texts.tokens, text_prompts(theta), texts.sets)
 
-        def selected(x, t):
-            return select(theta, x, t)
+    def selected(x, t):
+        return select(theta, x, t)
 
-        scores = common.evaluate(args, model, tasks, texts.classifiers(w), image_prompts(theta),
-                                 selected)
-    for name in ("alpha", "beta", "effect", "affinity", "phi"):
-        scores[name] = getattr(prompts, name).tolist()
-    scores["schedule_parameters"] = sum(x.numel() for x in omega_of(args, prompts).values())
-    return scores
+    return dict(classifiers=texts.classifiers(w), image_prompts=image_prompts(theta),
+                select=selected)
 
 
-# -------------------------------------------------------------------------- data, figures, main
+def report(args, tasks, prompts):
+    """The schedule at the end, and the number of its parameters."""
+    found = {name: getattr(prompts, name).tolist()
+             for name in ("alpha", "beta", "effect", "affinity", "phi")}
+    found["schedule_parameters"] = sum(x.numel() for x in omega_of(args, prompts).values())
+    return found
+
+
+# -------------------------------------------------------------------------- data, figures
 
 def set_aside(args, tasks, seed):
     """The tasks; with --dev-shots k, `val` is k images per class from outside the training split.
 
-    Where the dataset has no validation part of its own, they leave the test set.
+    They come from the dataset's validation part, else from training images that the split leaves,
+    else from the test images.
     """
-    if args.dev_shots is None:
+    if args.dev_shots is None or args.validate:
         return tasks
     return [aside(args, task, seed) for task in tasks]
 
 
 def aside(args, task, seed):
     """One task of `set_aside`."""
-    pool = task.val or task.test
+    pool = task.val or task.unused or task.test
     places, draw, chosen = defaultdict(list), random.Random(f"{seed}/dev/{task.name}"), []
     for i, label in enumerate(pool.classes):
         places[label].append(i)
     for label in sorted(places):
-        spare = len(places[label]) - (0 if task.val else 1)     # a class keeps a test image
+        spare = len(places[label]) - (pool is task.test)        # a class keeps a test image
         chosen += draw.sample(places[label], min(args.dev_shots, spare))
     if not chosen:
-        raise common.UserError(
-            f"--dev-shots {args.dev_shots} finds no image of {task.name} that can "
-            "leave the test set: leave it out"
-        )
+        raise common.UserError(f"--dev-shots {args.dev_shots} finds no image of {task.name} that "
+                               "can leave the test set: leave it out")
     val = pool.subset(sorted(chosen))
-    if task.val:
+    if pool is not task.test:
         return replace(task, val=val)
     taken = set(chosen)
     return replace(task, val=val, test=pool.subset([i for i in range(len(pool)) if i not in taken]))
@@ -446,11 +494,7 @@ def aside(args, task, seed):
 def plot(folder, result, rows):
     """causal-SEED.png (Figure 4) and schedule-SEED.png (Figure 5; below it alpha, beta, phi)."""
     for seed in result["seeds"]:
-        mine = []
-        for row in rows:
-            if row["seed"] == seed:
-                mine.append({key: json.loads(x) if isinstance(x, str) and x.startswith("[") else x
-                             for key, x in row.items()})
+        mine = [row for row in rows if row["seed"] == seed]
         plot_causal(folder / f"causal-{seed}.png", result["tasks"], mine)
         plot_schedule(folder / f"schedule-{seed}.png", result["tasks"], mine)
 
@@ -488,27 +532,24 @@ def plot_schedule(path, names, rows):
     common.save_figure(figure, path)
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
-    least = dict(upper_every=1, terms=0, dev_shots=1)
-    for key, value in least.items():
-        given = getattr(args, key)
-        if given is not None and given < value:
-            raise common.UserError(
-                f"--{key.replace('_', '-')} {given} is too small: give {value} or more"
-            )
-    for key in ("upper_lr", "scale"):
-        given = getattr(args, key)
-        if given is not None and not 0 < given < math.inf:
-            raise common.UserError(
-                f"--{key.replace('_', '-')} {given} is out of range: give a number above 0"
-            )
+def check(args, tasks):
+    """Raise UserError for settings that contradict each other."""
+    if args.warm_up:
+        raise common.UserError("--warm-up comes before a cosine, and the learning rate is fixed: "
+                               "leave it out")
     if args.cagrad and not args.task_schedule:
         raise common.UserError("--cagrad takes the place of the task schedule already: leave out "
                                "--no-task-schedule")
-    common.run_seeds(args, build, train, score, 2 * args.n_ctx, image_prompts=True, own=True,
-                     prepare=set_aside, plot=plot, tiny=TINY)
 
+
+def n_text(args):
+    """b shared and b task-specific vectors stand before a class name."""
+    return 2 * args.n_ctx
+
+
+METHOD = common.Method("jscpt", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, prepare=set_aside, report=report, plot=plot, n_text=n_text,
+                       image_prompts=True, bound=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

@@ -25,16 +25,16 @@ Choices the papers leave open
   9 layers of 2 (3,555,072) are flags.
 - Text prompts start at N(0, 0.02), the maps as PyTorch's linear layers do, each drawn by itself
   (the authors' deeper maps start as copies of one). With b up to 4 the first layer's start at the
-  words "a photo of a", cut to b, as in the authors' program.
+  first b words of "a photo of a", and the text keeps the others, as in the authors' program: with
+  b = 2 it is "[v]_1 [v]_2 of a [class].".
 - The first layer's image prompts pass through `ln_pre`, as in the authors' program; deeper ones
   enter as they are.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
-  a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is `--schedule
-  constant`.
-- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
-  cycle. Fresh views every epoch.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
+  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. JSCPT's fixed
+  rate is `--schedule constant`. A step takes a batch of every task (`common.batches`), with fresh
+  views.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,27 +42,33 @@ from torch import nn
 
 import common
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
+PHOTO = "a photo of a {}"
 
 
 @dataclass
 class Args(common.Args):
     """MmAP, Sec. 4.1, "Implementation Details"."""
 
-    method = "maple_mt"
     clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) chosen as our default model"; tiny for built-in data
-    epochs: int = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
-    lr: float = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
-    batch_size: int = 16  # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
-    n_ctx: int = 16  # prompt length b (ours: gives the 4.8 M parameters of MmAP's Table 1)
-    depth: int | None = None  # J, the number of layers with prompts (default: all)
+    epochs: common.Count = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
+    lr: common.Rate = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
+    # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
+    batch_size: common.Count = 16
+    n_ctx: common.Count = 16  # prompt length b (ours: gives the 4.8 M parameters of MmAP's Table 1)
+    depth: common.Count | None = None  # J, the number of layers with prompts (default: all)
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # prompts per task, each trained alone (the papers' column MaPLe)
 
 
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
-OF_DATA = dict(minidomainnet=dict(batch_size=4))
+def defaults(args):
+    """The settings of `tiny` (data/README.md says how they were chosen), and MmAP's on
+    MiniDomainNet."""
+    usual = {}
+    if args.data.split(":")[0] == "minidomainnet":
+        usual.update(batch_size=4)
+    if args.clip == "tiny":
+        usual.update(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
+    return usual
 
 
 class CoupledPrompts(nn.Module):
@@ -87,6 +93,13 @@ class CoupledPrompts(nn.Module):
         return torch.stack([self.ln_pre[0](first), *deeper])
 
 
+def texts_of(args, tasks):
+    """The tasks' texts: b prompts, the words of "a photo of a" behind them, the class name."""
+    template = " ".join(PHOTO.split()[min(args.n_ctx, 4):])             # "{}" for 4 prompts or more
+    return common.Texts([replace(task, template=template) for task in tasks], args.n_ctx,
+                        templates=True)
+
+
 def build(args, model, tasks):
     """The untrained prompts of the first `--depth` layers of both encoders."""
     visual = model.visual
@@ -96,7 +109,7 @@ def build(args, model, tasks):
                                f"{args.clip}: give 1 to {layers}")
     words = None
     if args.n_ctx <= 4:
-        start = common.tokenize(["a photo of a"])[0, 1:1 + args.n_ctx]
+        start = common.tokenize(PHOTO.split())[:args.n_ctx, 1]           # "a", "photo", "of", "a"
         words = model.token_embedding(start.to(model.logit_scale.device)).float().cpu()
     widths = len(model.ln_final.weight), len(visual.class_embedding)
     prompts = CoupledPrompts(args.depth or layers, args.n_ctx, *widths, visual.ln_pre, words)
@@ -106,8 +119,8 @@ def build(args, model, tasks):
 def train(args, model, tasks, run):
     """Learn the coupled prompts on all tasks' training images."""
     prompts = build(args, model, tasks)
-    texts = common.Texts(tasks, args.n_ctx).to(model.logit_scale.device)
-    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    texts = texts_of(args, tasks).to(model.logit_scale.device)
+    optimizer, schedule = common.sgd(args, prompts)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
@@ -117,26 +130,33 @@ def train(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()                                             # MmAP (11)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses, task))
         schedule.step()
     return prompts
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and with the coupled prompts, in %."""
-    with torch.no_grad():
-        texts = common.Texts(tasks, args.n_ctx)
-        w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-        image_prompts = prompts.image_prompts()[:, None]                        # [J, 1, b, d_v]
-    return common.evaluate(args, model, tasks, texts.classifiers(w), image_prompts)
+@torch.no_grad()
+def classify(args, model, tasks, prompts):
+    """The tasks' classifiers and the image prompts."""
+    texts = texts_of(args, tasks)
+    w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
+    return dict(classifiers=texts.classifiers(w),
+                image_prompts=prompts.image_prompts()[:, None])                 # [J, 1, b, d_v]
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
-    if args.depth is not None and args.depth < 1:
-        raise common.UserError(f"--depth {args.depth} is too small: give 1 or more layers")
-    common.run_seeds(args, build, train, score, n_text=args.n_ctx, image_prompts=True, tiny=TINY)
+def check(args, tasks):
+    """Raise UserError for texts that are too long."""
+    if tasks:
+        texts_of(args, tasks)
 
+
+def n_text(args):
+    """b prompts stand before a class name."""
+    return args.n_ctx
+
+
+METHOD = common.Method("maple_mt", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, n_text=n_text, image_prompts=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

@@ -25,7 +25,10 @@ P_l, P_v    text_prompts(), image_prompts() P_glb       P_glb, in measure_simila
 
 Choices the paper leaves open
 - b = 16, m = b and n = gcd(d_l, d_v) / 2: 24,696 parameters per MmAP at ViT-B/16, 0.12 M for four
-  tasks in one group and 0.15 M in two (the paper: 0.13 M). `--source M N` sets another shape.
+  tasks in one group and 0.15 M in two (the paper: 0.13 M). `--source-shape M N` sets another one.
+  With the group's, 32 prompts stand in each layer; `--n-ctx 8 --source-shape 8 256` has about the
+  same count (24,636) and 16 in all: the first thing to try where 32 prompts hurt (untrained, they
+  cost `tiny` 14 points, 8 cost 4; training recovers both).
 - Sec. 3.2 counts one source prompt for all layers, Sec. 3.3 writes P^k: one per layer, as in 3.3.
   Eq. (9)-(10) write the Kronecker factors the other way round than Eq. (6)-(7): this follows
   (6)-(7).
@@ -33,8 +36,8 @@ Choices the paper leaves open
   all text tokens; image prompts enter the first layer behind `ln_pre`, as they are.
 - P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of P_s.
 - P_glb is trained for half of the epochs (rounded up) before the main training, with the same
-  settings; Eq. (8) is taken at every step and averaged. Its random numbers are its own, and it is
-  an MmAP under `--prompt` too, so that no ablation changes the groups.
+  settings; Eq. (8) is taken at every step and averaged. It has its own seed and is an MmAP whatever
+  `--prompt` says, so every ablation uses the same groups.
 - Sec. 3.3 speaks of cosine similarity and prints a dot product, Eq. (8): this follows the equation.
 - "Groups that maximize the total inter-task similarity": at most `--groups` of them, a task's
   similarity to its group being the mean over the others in it, 0 for a task alone. With plain sums
@@ -43,10 +46,9 @@ Choices the paper leaves open
 - Random groups are as even as can be. `--prompt` replaces the MmAPs of the main training: `joint`
   trains text and image prompts without a link, `mlp` makes both of a [b, 256] source by a linear
   map per modality and layer (3.96 M per set at b = 4, the paper's number).
-- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
-  cycle. Fresh views every epoch.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
-  a cosine that steps once an epoch, without warm-up.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
+  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. A step takes a
+  batch of every task (`common.batches`), with fresh views.
 """
 import math
 import random
@@ -56,47 +58,60 @@ from typing import Literal
 if __name__ == "mmap":
     # `import mmap`, which torch and numpy say too, means the standard library's module, and Python
     # finds this file first: hand the other one over. The rest of the file still runs, on a module
-    # that nobody sees and while torch may be half imported: so nothing below uses it at the top.
+    # that nobody sees and while torch may be half imported, with a stand-in for torch and common.
     import importlib.machinery
     import importlib.util
     import os
     import sys
-    import types
     here = os.path.dirname(os.path.realpath(__file__))
     elsewhere = [path for path in sys.path if os.path.realpath(path or os.curdir) != here]
     spec = importlib.machinery.PathFinder.find_spec("mmap", elsewhere)
     sys.modules["mmap"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["mmap"])
-    nn = common = types.SimpleNamespace(Module=object, Args=object)
+
+    class StandIn:
+        """Whatever the top level of this file asks of `nn` and `common`."""
+
+        Module = Args = object
+
+        def __getattr__(self, name):
+            return lambda *args, **settings: None
+
+    nn = common = StandIn()
 else:
     import torch
     from torch import nn
 
     import common
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
-
 
 @dataclass
 class Args(common.Args):
     """Sec. 4.1, "Implementation Details"."""
 
-    method = "mmap"
     clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) chosen as our default model"; tiny for built-in data
-    epochs: int = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
-    lr: float = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
-    batch_size: int = 16  # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
-    n_ctx: int = 16  # prompt length b (ours)
-    groups: int = 2  # at most so many groups of tasks (ours)
+    epochs: common.Count = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
+    lr: common.Rate = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
+    # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
+    batch_size: common.Count = 16
+    n_ctx: common.Count = 16  # prompt length b (ours)
+    groups: common.Count = 2  # at most so many groups of tasks (ours)
     grouping: Literal["gradient", "random", "all", "none"] = "gradient"  # Sec. 3.3; others: Table 3
     specific: bool = True  # a task-specific MmAP per task; without: Table 3
     prompt: Literal["mmap", "joint", "mlp"] = "mmap"  # Sec. 3.2; joint and mlp: Figure 5
-    source: tuple[int, int] | None = None  # shape M N of a source prompt (default: b, gcd / 2)
+    # shape M N of a source prompt (default: b, gcd / 2)
+    source_shape: tuple[int, int] | None = None
 
 
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=10, lr=0.1, n_ctx=4, min_crop=0.6)
-OF_DATA = dict(minidomainnet=dict(batch_size=4))
+def defaults(args):
+    """The settings of `tiny` (data/README.md says how they were chosen), and the paper's on
+    MiniDomainNet."""
+    usual = {}
+    if args.data.split(":")[0] == "minidomainnet":
+        usual.update(batch_size=4)
+    if args.clip == "tiny":
+        usual.update(epochs=10, lr=0.1, n_ctx=4, min_crop=0.6)
+    return usual
 
 
 # ---------------------------------------------------------------------------- prompts (Sec. 3.2)
@@ -190,7 +205,7 @@ class Prompts(nn.Module):
         """Give every group of tasks a fresh MmAP."""
         for number, group in enumerate(groups):
             self.group_of[group] = number
-        self.shared = nn.ModuleList(self.make() for _ in groups)
+        self.shared = nn.ModuleList(self.make() for _ in groups).to(self.group_of.device)
 
     def load_state_dict(self, saved, **how):
         """As always, after making as many group-shared MmAPs as the saved groups need."""
@@ -204,28 +219,27 @@ class Prompts(nn.Module):
         return [torch.where(self.group_of == g)[0].tolist() for g in range(len(self.shared))]
 
     def sets(self):
-        """For each task, the first one that has the same prompts: `sets` of `common.Texts`."""
-        if len(self.specific):
-            return list(range(len(self.group_of)))
-        return [int(torch.where(self.group_of == g)[0][0]) for g in self.group_of]
+        """The prompt set of each task: its own, or without task-specific MmAPs its group's."""
+        return list(range(len(self.group_of))) if len(self.specific) else self.group_of.tolist()
 
     def text_prompts(self):
-        """[P_G, P_T] of every task, [K, N, b or 2b, d_l], Eq. (9)."""
-        return self._concatenate([one.text_prompts() for one in self.shared],
-                                 [one.text_prompts() for one in self.specific])
+        """[P_G, P_T] of every prompt set, [K, S, b or 2b, d_l], Eq. (9)."""
+        return self._concatenated([P_G.text_prompts() for P_G in self.shared],
+                                  [P_T.text_prompts() for P_T in self.specific])
 
     def image_prompts(self):
         """[P_G, P_T] of every task, [K, N, b or 2b, d_v], Eq. (10)."""
-        return self._concatenate([one.image_prompts() for one in self.shared],
-                                 [one.image_prompts() for one in self.specific])
+        prompts = self._concatenated([P_G.image_prompts() for P_G in self.shared],
+                                     [P_T.image_prompts() for P_T in self.specific])
+        return prompts if len(self.specific) else prompts[:, self.group_of]
 
-    def _concatenate(self, shared, specific):
-        parts = []
-        if shared:
-            parts.append(torch.stack(shared, dim=1)[:, self.group_of])
-        if specific:
-            parts.append(torch.stack(specific, dim=1))
-        return torch.cat(parts, dim=2)
+    def _concatenated(self, shared, specific):
+        if not specific:
+            return torch.stack(shared, dim=1)
+        P_T = torch.stack(specific, dim=1)
+        if not shared:
+            return P_T
+        return torch.cat([torch.stack(shared, dim=1)[:, self.group_of], P_T], dim=2)
 
 
 # ----------------------------------------------------------------------- task grouping (Sec. 3.3)
@@ -262,7 +276,7 @@ def group_tasks(similarity, n_groups):
     whose union adds most (or costs least) are joined while there are too many groups or joining
     pays. Returns sorted lists of task numbers.
     """
-    similarity = torch.as_tensor(similarity).double().tolist()
+    similarity = torch.as_tensor(similarity).cpu().double().tolist()
     tasks = list(range(len(similarity)))
 
     def total(groups):
@@ -290,15 +304,13 @@ def measure_similarity(args, model, tasks, run):
     is over the steps in which both tasks have images: all, but under `--batches mixed`.
     """
     run.seed_phase("grouping")
-    N, epochs = len(tasks), math.ceil(args.epochs / 2)
-    P_glb = MmAP(args.n_ctx, *widths(model), args.source)
-    P_glb.register_buffer("total", torch.zeros(N, N))
-    P_glb.register_buffer("snapshots", torch.zeros(N, N))
-    P_glb.to(model.logit_scale.device)
-    texts = common.Texts(tasks, args.n_ctx, sets=range(N)).to(model.logit_scale.device)
-    optimizer, schedule = common.sgd(replace(args, epochs=epochs), P_glb, MOMENTUM, WEIGHT_DECAY)
-    for epoch in run.epochs("grouping", epochs, P_glb=P_glb, optimizer=optimizer,
-                            schedule=schedule):
+    N, epochs, device = len(tasks), math.ceil(args.epochs / 2), model.logit_scale.device
+    P_glb = MmAP(args.n_ctx, *widths(model), args.source_shape).to(device)
+    snapshots = common.PairMean(N).to(device)
+    texts = common.Texts(tasks, args.n_ctx, sets=range(N)).to(device)
+    optimizer, schedule = common.sgd(replace(args, epochs=epochs), P_glb)
+    for epoch in run.epochs("grouping", epochs, P_glb=P_glb, snapshots=snapshots,
+                            optimizer=optimizer, schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):
             copies = [p.expand(N, *p.shape) for p in P_glb.parameters()]
             P_s, M_l, M_v = copies                                              # [N, K, ...]
@@ -308,15 +320,14 @@ def measure_similarity(args, model, tasks, run):
             w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)   # [C, D]
             losses = common.task_losses(model, x, w, labels, task, texts)       # [N], Eq. (5)
             grads = torch.autograd.grad(losses.sum(), copies)                   # each [N, K, ...]
-            P_glb.total += similarity(torch.cat([g.flatten(1) for g in grads], dim=1))
-            present = torch.bincount(task, minlength=N) > 0
-            P_glb.snapshots += present[:, None] & present
-            for p, g in zip(P_glb.parameters(), grads):
-                p.grad = g.sum(0)
+            g = torch.cat([part.flatten(1) for part in grads], dim=1)           # [N, P]
+            snapshots.add(similarity(g), task)                                  # Eq. (8)
+            for p, part in zip(P_glb.parameters(), grads):
+                p.grad = part.sum(0)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses, task))
         schedule.step()
-    return P_glb.total / P_glb.snapshots.clamp(min=1)
+    return snapshots.mean()
 
 
 def choose_groups(args, n_tasks, similarity):
@@ -345,12 +356,12 @@ def build(args, model, tasks):
     """The untrained prompts of the tasks; the groups' come with `set_groups` or a saved state."""
     def make():
         kind = dict(mmap=MmAP, joint=Joint, mlp=MLP)[args.prompt]
-        shape = [args.source] if args.prompt == "mmap" else []
-        return kind(args.n_ctx, *widths(model), *shape).to(model.logit_scale.device)
+        shape = [args.source_shape] if args.prompt == "mmap" else []
+        return kind(args.n_ctx, *widths(model), *shape)
     try:
-        source_shape(args.n_ctx, *widths(model)[:2], args.source)
+        source_shape(args.n_ctx, *widths(model)[:2], args.source_shape)
     except ValueError as error:
-        raise common.UserError(f"--source: {error}") from error
+        raise common.UserError(f"--source-shape: {error}") from error
     return Prompts(make, len(tasks), args.specific).to(model.logit_scale.device)
 
 
@@ -368,7 +379,7 @@ def train(args, model, tasks, run):
     prompts.set_groups(choose_groups(args, len(tasks), prompts.similarity))
     tell_groups(args, tasks, prompts)
     texts = common.Texts(tasks, n_text(args), prompts.sets()).to(model.logit_scale.device)
-    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    optimizer, schedule = common.sgd(args, prompts)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
@@ -378,7 +389,7 @@ def train(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()    # P_G: its tasks' gradients, Eq. (11); P_T: its own, Eq. (12)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses, task))
         schedule.step()
     return prompts
 
@@ -392,41 +403,40 @@ def tell_groups(args, tasks, prompts):
     print(f"groups ({args.grouping}): {'  '.join(named) or 'none'}", flush=True)
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and of MmAP, the groups, and the similarity if measured."""
+def classify(args, model, tasks, prompts):
+    """The tasks' classifiers and their image prompts."""
     with torch.no_grad():
         texts = common.Texts(tasks, n_text(args), prompts.sets())
         w = common.encode_text(model, texts.tokens, prompts.text_prompts(), texts.sets)
-        scores = common.evaluate(args, model, tasks, texts.classifiers(w), prompts.image_prompts())
-    scores["groups"] = [[tasks[i].name for i in group] for group in prompts.groups()]
+        return dict(classifiers=texts.classifiers(w), image_prompts=prompts.image_prompts())
+
+
+def report(args, tasks, prompts):
+    """The groups, and the similarity if it was measured."""
+    found = dict(groups=[[tasks[i].name for i in group] for group in prompts.groups()])
     if args.grouping == "gradient" and len(tasks) > 1:
-        scores["similarity"] = prompts.similarity.tolist()
-    return scores
+        found["similarity"] = prompts.similarity.tolist()
+    return found
 
 
 def check(args, tasks):
-    """Reject more groups than tasks."""
-    if args.groups > len(tasks) > 1:
+    """Raise UserError for settings that contradict each other, and more groups than tasks."""
+    if args.groups != Args.groups and args.grouping in ("all", "none"):
+        raise common.UserError(f"--groups {args.groups} is not for --grouping {args.grouping}: "
+                               "leave one of them out")
+    if args.source_shape and args.prompt != "mmap" and args.grouping != "gradient":
+        raise common.UserError(f"--source-shape has no effect with --prompt {args.prompt} and "
+                               f"--grouping {args.grouping}: leave it out")
+    if not args.specific and args.grouping == "none":
+        raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of "
+                               "them out")
+    if tasks and args.groups > len(tasks) > 1:
         raise common.UserError(f"--groups {args.groups} is more than the {len(tasks)} tasks of "
                                f"--data {args.data}: give fewer")
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
-    if args.groups < 1:
-        raise common.UserError(f"--groups {args.groups} is too small: give 1 or more")
-    if args.groups != Args.groups and args.grouping in ("all", "none"):
-        raise common.UserError(f"--groups {args.groups} is not for --grouping {args.grouping}: "
-                               "leave one of them out")
-    if args.source and args.prompt != "mmap" and args.grouping != "gradient":
-        raise common.UserError(f"--source has no effect with --prompt {args.prompt} and --grouping "
-                               f"{args.grouping}: leave it out")
-    if not args.specific and args.grouping == "none":
-        raise common.UserError("--no-specific with --grouping none leaves no prompts: leave one of "
-                               "them out")
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=True, own=True,
-                     check=check, tiny=TINY)
-
+METHOD = common.Method("mmap", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, report=report, n_text=n_text, image_prompts=True, bound=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

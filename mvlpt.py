@@ -24,11 +24,11 @@ text context (`coop`), image prompts in every layer (`vpt`), or both, tied by a 
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3 --heads 4
                         # Figure 6; also --layers 2 and --width 256
     python mvlpt.py --data officehome --split 0.1 --seeds 1 2 3 --adapt-epochs 0 --epochs 50 \
-        --lr 0.0015 --batch-size 16 --n-ctx 16                      # JSCPT, Table 1, column MVLPT
+        --lr 0.0015 --batches tasks --batch-size 16 --n-ctx 16      # JSCPT, Table 1, column MVLPT
                         # (there by SGD at a fixed rate, here by Adam, warm-up and cosine)
 
 `--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer
-DIR/transfer.json` the matrix that a study or a run with partners has measured.
+DIR/result.json` the matrix that a study or a run with partners has measured.
 
 paper           code                            paper           code
 P, Eq. (2)      Prompt.U_T under `coop`         U_T, U_V        Prompt.U_T, Prompt.U_V
@@ -45,9 +45,12 @@ Choices the paper leaves open
 - Prompts start at N(0, 0.02), the text's as in CoOp, the images' too (the authors' program:
   uniform, 1.8 times as wide); maps and block as PyTorch makes them. Without stage 1 all targets
   start from the same random prompt. Under `vpt` the text is "a photo of a [class]" on all datasets.
-- Adam without weight decay. The warm-up epoch has CoOp's constant rate, 1e-5.
-- A step takes a batch (of 32) of every task, and the loss is the sum of the tasks', each over its
-  own classes; an epoch is as long as the largest task needs.
+- Adam without weight decay. The warm-up epoch, the first of either stage, has CoOp's constant rate,
+  1e-5 (`common.scheduled`).
+- "Trained with a batch size of 32": a step takes 32 images of the shuffled union of the tasks that
+  are trained together, and an epoch shows every image once. The loss is the mean over the step's
+  images, each over its own task's classes, so a task counts by its few-shot size. For JSCPT's
+  column a step takes a batch of every task (`--batches tasks`), as in its other columns.
 - Held-out part: 20% of the few-shot set, spread over the classes; up to 4 images per class of a
   dataset's own validation part (CoOp's protocol; of ELEVATER's datasets none is used). At 1 shot
   without one the training images serve. The first of equally good epochs is kept, as in CoOp's
@@ -55,7 +58,8 @@ Choices the paper leaves open
 - Each task has its dataset's metric, also on the held-out part. In VOC 2007 an image has several
   classes: the loss is the cross-entropy with their uniform distribution, as the authors train it.
 - Source tasks default to the targets, and have as many shots, or the same split (Sec. 4.1). Tasks
-  that train on images which a target tests on are rejected, also where `--init` has seen them.
+  that train on images which a target tests on are rejected, also where the run that `--init` names
+  trained on them.
 - Transfer is measured on held-out images, one seed at a time, so that no test image chooses a
   group. Only the study (`--transferability`) measures it on test images, as Figure 4 does; its
   prompts are the single-task baselines, and train as long as an adaptation does.
@@ -64,74 +68,78 @@ Choices the paper leaves open
   best` takes the size among 1, 2 and 3 whose checkpoint is best on the target's held-out part, of
   equally good ones the smallest. The paper's "Worst M" is below single-task adaptation, so it has
   partners: sizes 2 and 3.
-- Fresh views every epoch; ELEVATER's images are only resized and cropped at the centre. At the
-  built-in backbone `coop` draws 8 views per image once instead, so that the frozen encoder sees
-  each of them once, and all views show at least 0.6 of the area, because `tiny` was never trained
-  on small crops.
-- Where the authors' program departs from the paper, this follows the paper. The program runs SGD,
-  mixes the tasks' images under one softmax over all tasks' classes, and feeds UPT's block a tensor
-  [1, n, 128] where it expects [n, 1, 128], so that no prompt attends to another.
+- Fresh views every epoch; ELEVATER's images are only resized. At the built-in backbone `coop` draws
+  8 views per image once instead, so that the frozen encoder sees each of them once, and all views
+  show at least 0.6 of the area, because `tiny` was never trained on small crops.
+- Where the authors' program departs from the paper, this follows the paper. The program runs SGD;
+  has one softmax over all tasks' classes; puts the class name in the middle of the context, where
+  Eq. (2) has it at the end; starts targets at the average of three seeds' source prompts; and feeds
+  UPT's block a tensor [1, n, 128] where it expects [n, 1, 128], so that no prompt attends to
+  another.
 """
-import argparse
 import copy
-import csv
-import filecmp
-import io
-import json
-import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 import data
 
-WARM_UP = 1e-5                  # CoOp's learning rate in its one epoch of warm-up
-PHOTO = "a photo of a {}"       # "the fixed prompt 'a photo of a [CLASS]'", the text under `vpt`
+PHOTO = "a photo of a {}"       # Sec. 3.1: "a fixed prompt 'a photo of a [CLASS]'"
+IMAGES = ("test", "held-out", "training")       # what a transfer matrix can be measured on
 
 
 @dataclass
 class Args(common.Args):
     """Sec. 4, "Training Details"; the defaults of UPT."""
 
-    method = "mvlpt"
     PATHS = ("init", "transfer")
-    clip: str = "ViT-B/16"  # "ViT-B/16 for all the experiments except for the scaling ablation"
-    epochs: int = 200  # of stage 1: "trained with a batch size of 32 for 200 epochs"
-    lr: float = 0.002  # "Adam optimizer and cosine learning rate schedule. [...] 2e-3"
-    batch_size: int = 32  # images per task
-    n_ctx: int = 4  # "4 contexts for UPT only", 16 for --prompt coop and vpt
+    epochs: common.Count = 200  # of stage 1: "trained with a batch size of 32 for 200 epochs"
+    lr: common.Rate = 0.002  # "Adam optimizer and cosine learning rate schedule. [...] 2e-3"
+    # "the warmup period is set as 1 epoch"
+    warm_up: Annotated[int, common.AtLeast(0)] = 1
+    batch_size: common.Count = 32  # images in a step; with --batches tasks of each task
+    batches: Literal["tasks", "mixed"] = "mixed"  # a batch of every task, or of the shuffled union
+    n_ctx: common.Count = 4  # "4 contexts for UPT only", 16 for --prompt coop and vpt
     prompt: Literal["coop", "vpt", "upt"] = "upt"  # text context, image prompts, or both tied
     source: str | None = None  # tasks of stage 1, as in --data, or none (default: the targets)
     init: str | None = None  # the prompts.pt of a run whose source prompt replaces stage 1
-    adapt_epochs: int | None = None  # of stage 2 (default: --epochs); 0: the source prompt as it is
-    group_size: int | Literal["all", "best"] = 1  # tasks adapted together; best: Table 2
+    # of stage 2 (default: --epochs); 0: the source prompt as it is
+    adapt_epochs: Annotated[int, common.AtLeast(0)] | None = None
+    # tasks adapted together; best: Table 2
+    group_size: common.Count | Literal["all", "best"] = 1
     grouping: Literal["best", "worst"] = "best"  # partners by transferability; worst: Table 3
-    transfer: str | None = None  # the transfer.json of a run, instead of measuring it
+    transfer: str | None = None  # the result.json of a run, for its matrix, instead of measuring
     transferability: bool = False  # the study of Figure 4: each task's prompt scored on all tasks
-    heads: int = 1  # UPT: "a one-layer one-head Transformer block"; others: Figure 6
-    layers: int = 1  # UPT's blocks; others: Figure 6
-    width: int = 128  # UPT: "whose hidden dimension is cut to be 128"; others: Figure 6
+    heads: common.Count = 1  # UPT: "a one-layer one-head Transformer block"; others: Figure 6
+    layers: common.Count = 1  # UPT's blocks; others: Figure 6
+    width: common.Count = 128  # UPT: "whose hidden dimension is cut to be 128"; others: Figure 6
 
     def __post_init__(self):
         if self.source not in (None, "none"):
             self.source = data.absolute(self.source)
 
 
-@dataclass
-class LongArgs(Args):
-    """The defaults of CoOp and VPT."""
+def defaults(args):
+    """CoOp's and VPT's length, and what suits `tiny` (data/README.md, "Settings for `tiny`")."""
+    usual = dict(n_ctx=4 if args.prompt == "upt" else 16)
+    if args.clip == "tiny":
+        usual.update(epochs=10, min_crop=0.6)
+        if args.prompt == "coop":
+            usual["views"] = 8
+        elif args.prompt == "vpt":
+            usual["n_ctx"] = 4
+    return usual
 
-    n_ctx: int = 16  # "a context length of 16 for both CoOp and VPT"
 
-
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=10, batch_size=8, min_crop=0.6)
-TINY_OF = dict(coop=dict(views=8), vpt=dict(n_ctx=4))
+def epochs_of_stage_2(args):
+    """`--adapt-epochs`, by default as many as stage 1 has."""
+    return args.epochs if args.adapt_epochs is None else args.adapt_epochs
 
 
 # ---------------------------------------------------------------------------- prompts (Sec. 3.1)
@@ -149,8 +157,10 @@ class Prompt(nn.Module):
             self.U_V = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_image))
         if kind == "upt":
             block = common.clip.model.ResidualAttentionBlock
-            self.text_in, self.text_out = nn.Linear(d_text, width), nn.Linear(width, d_text)
-            self.image_in, self.image_out = nn.Linear(d_image, width), nn.Linear(width, d_image)
+            self.text_in = nn.Linear(d_text, width)
+            self.text_out = nn.Linear(width, d_text)
+            self.image_in = nn.Linear(d_image, width)
+            self.image_out = nn.Linear(width, d_image)
             self.blocks = nn.Sequential(*[block(width, heads) for _ in range(layers)])
 
     def forward(self):
@@ -166,7 +176,7 @@ class Prompt(nn.Module):
 
 
 class Prompts(nn.Module):
-    """The source prompt, what it has seen, a prompt per target, the transfer, and the groups."""
+    """The source prompt, a prompt per target, the transfer between targets, and their groups."""
 
     def __init__(self, prompt, n_tasks, adapted):
         """adapted: whether the targets have prompts of their own (not with `--adapt-epochs 0`)."""
@@ -174,20 +184,11 @@ class Prompts(nn.Module):
         self.source = prompt.requires_grad_(not adapted)    # what is trained last is what counts
         self.targets = nn.ModuleList(copy.deepcopy(prompt) for _ in range(n_tasks) if adapted)
         self.targets.requires_grad_()
-        self.register_buffer("seen", torch.zeros(0, dtype=torch.long))  # fingerprints of images
         self.register_buffer("accuracy", torch.zeros(n_tasks, n_tasks))   # %, source i, target j
+        self.register_buffer("measured_on", torch.zeros(len(IMAGES), dtype=torch.bool))
         groups = torch.full((n_tasks, n_tasks), -1)             # of each target: itself comes first
         groups[:, 0] = torch.arange(n_tasks)
         self.register_buffer("groups", groups)
-
-    def load_state_dict(self, saved, **how):
-        """As always, with room for as many fingerprints as were saved."""
-        self.seen = self.seen.new_zeros(len(saved["seen"]))
-        return super().load_state_dict(saved, **how)
-
-    def of_targets(self):
-        """The targets' prompts, or the one that serves them all."""
-        return list(self.targets) or [self.source]
 
     def group_lists(self):
         """Each target's group as a list of task numbers, its own first."""
@@ -202,23 +203,20 @@ def build(args, model, tasks):
         n_layers, d_image = len(visual.transformer.resblocks), len(visual.class_embedding)
     prompt = Prompt(args.prompt, args.n_ctx, n_layers, len(model.ln_final.weight), d_image,
                     args.heads, args.layers, args.width)
-    if args.init and not (args.eval or args.resume):
-        for seed in args.seeds:
-            read_source(args, copy.deepcopy(prompt), seed)      # rejects what does not fit
     prompts = Prompts(prompt, len(tasks), adapted=epochs_of_stage_2(args) > 0)
     return prompts.to(model.logit_scale.device)
 
 
-def epochs_of_stage_2(args):
-    """`--adapt-epochs`, by default as many as stage 1 has."""
-    return args.epochs if args.adapt_epochs is None else args.adapt_epochs
+def n_text(args):
+    """How many vectors stand before a class name."""
+    return 0 if args.prompt == "vpt" else args.n_ctx
 
 
-def texts_of(args, tasks):
+def texts_of(args, tasks, sets=None):
     """The tasks' texts: a context before the class name, or under `vpt` "a photo of a [class]."."""
     if args.prompt == "vpt":
         return common.Texts([replace(task, template=PHOTO) for task in tasks], templates=True)
-    return common.Texts(tasks, args.n_ctx)
+    return common.Texts(tasks, args.n_ctx, sets)
 
 
 # --------------------------------------------------------------------- transferability (Sec. 4.3)
@@ -252,9 +250,9 @@ def group_sizes(args, n_tasks):
     return [n_tasks if args.group_size == "all" else args.group_size]
 
 
-def needs_transfer(args, n_tasks):
-    """Whether there are partners to choose, or the study is asked for."""
-    return args.transferability or any(1 < size < n_tasks for size in group_sizes(args, n_tasks))
+def chooses_partners(args, n_tasks):
+    """Whether a group can have one partner or another."""
+    return any(1 < size < n_tasks for size in group_sizes(args, n_tasks))
 
 
 def candidate_groups(args, accuracy):
@@ -267,15 +265,16 @@ def candidate_groups(args, accuracy):
 
 @torch.no_grad()
 def accuracies(args, model, tasks, images, prompt):
-    """What one prompt scores on images[t] of every task t, in %: [N]."""
+    """The accuracy of one prompt on images[t] of every task t, in %: [N]."""
     text_prompts, image_prompts = prompt()
     texts = texts_of(args, tasks)
     w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)       # [C, D]
-    scores = []
-    for task, part, own in zip(tasks, images, texts.classifiers(w)):
+    found = []
+    for task, part, classifier in zip(tasks, images, texts.classifiers(w)):
         _, x, labels = common.image_features(model, part, image_prompts, args.workers)
-        scores.append(common.score(task.metric, common.logits(model, x, own), labels))
-    return torch.tensor(scores)
+        logits = common.logits(model, x, classifier)
+        found.append(common.apply_metric(task.metric, logits, labels))
+    return torch.tensor(found)
 
 
 def measure_transfer(args, model, tasks, prompts, run):
@@ -284,85 +283,68 @@ def measure_transfer(args, model, tasks, prompts, run):
         best = learn(args, model, run, f"alone {task.name}", [task], prompts.source,
                      epochs_of_stage_2(args), keep=[[0]])
         prompts.targets[i].load_state_dict(best.prompts[0].state_dict())
-    images, kinds = zip(*[scored_images(args, task) for task in tasks])
+    images, kinds = zip(*[transfer_images(args, task) for task in tasks])
     for i in run.epochs("transfer", len(tasks), prompts=prompts):               # a row per "epoch"
         prompts.accuracy[i] = accuracies(args, model, tasks, images, prompts.targets[i])
-    write_transfer(args, run, [task.name for task in tasks], prompts.accuracy, kinds)
+        prompts.measured_on.copy_(torch.tensor([kind in kinds for kind in IMAGES]))
 
 
-def scored_images(args, task):
-    """The images that transfer to a task is measured on, and what they are."""
+def transfer_images(args, task):
+    """The images that transfer to a task is measured on, and what they are, one of IMAGES."""
     if args.transferability:
         return task.test, "held-out" if args.validate else "test"
-    return held_out(task), "held-out" if has_held_out(task) else "training"
+    return validation_images(task), "held-out" if task.val else "training"
 
 
 # ------------------------------------------------------------------------- training (Sec. 3.2)
 
 class Best(nn.Module):
-    """The checkpoints that are best so far, [S] of them, and their scores on held-out images."""
+    """The best checkpoints so far, [S] of them, and their accuracies on held-out images."""
 
     def __init__(self, prompt, n):
         super().__init__()
         self.prompts = nn.ModuleList(copy.deepcopy(prompt) for _ in range(n))
-        self.register_buffer("scores", torch.full((n,), -1.0))
+        self.register_buffer("accuracy", torch.full((n,), -1.0))
 
-    def keep(self, prompt, scores):
-        """Copy a prompt to every place where its score (of scores [S]) is the best so far."""
-        for place, score in enumerate(scores):
-            if score > self.scores[place]:
-                self.scores[place] = score
+    def update(self, prompt, accuracy):
+        """Copy a prompt to every place where its accuracy (of accuracy [S]) is the best so far."""
+        for place, value in enumerate(accuracy):
+            if value > self.accuracy[place]:
+                self.accuracy[place] = value
                 self.prompts[place].load_state_dict(prompt.state_dict())
 
 
-class SameTasks:
-    """A part of a phase that rejects a checkpoint whose tasks, classes or images differ."""
-
-    def __init__(self, tasks):
-        self.contents = common.contents(tasks)
-
-    def state_dict(self):
-        return self.contents
-
-    def load_state_dict(self, saved):
-        if saved != self.contents:
-            raise ValueError("other tasks, classes or images")
+def validation_images(task):
+    """The images that choose a checkpoint: the held-out part; at 1 shot, which leaves none, the
+    training images."""
+    return task.val or task.train
 
 
-def has_held_out(task):
-    """Whether a task has a held-out part: not at 1 shot, where a class gives its last image."""
-    return task.val is not None and len(task.val) > 0
-
-
-def held_out(task):
-    """The images that choose a checkpoint: the held-out part, or else the training images."""
-    return task.val if has_held_out(task) else task.train
-
-
-def rate_of(args, epochs):
-    """Epoch -> factor of the learning rate: one epoch of warm-up, then a cosine."""
-    def factor(epoch):
-        if epoch == 0:
-            return WARM_UP / args.lr
-        return (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
-    return factor
+def with_held_out(tasks, seed):
+    """The tasks with their held-out parts set; says where there are none."""
+    tasks = data.with_held_out(tasks, seed)
+    bare = [task.name for task in tasks if not task.val]
+    if bare:
+        print(f"no image of {', '.join(bare)} can be held out: the training images choose the "
+              "checkpoint", flush=True)
+    return tasks
 
 
 def learn(args, model, run, phase, tasks, start, epochs, keep):
     """Train a copy of the prompt `start` on tasks together, and keep its best checkpoints.
 
-    keep: a list of task numbers per checkpoint wanted, which is then the best on the mean score of
-    these tasks' held-out parts. Returns a `Best` of them.
+    keep: a list of task numbers per checkpoint wanted, which is then the best on the mean accuracy
+    of these tasks' held-out parts. Returns a `Best` of them.
     """
     prompt = copy.deepcopy(start).requires_grad_()
     best = Best(start, len(keep)).to(model.logit_scale.device)
     texts = texts_of(args, tasks).to(model.logit_scale.device)
     fixed = common.encode_text(model, texts.tokens) if args.prompt == "vpt" else None   # [C, D]
     optimizer = torch.optim.Adam(prompt.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(args, epochs))
-    for epoch in run.epochs(phase, epochs, prompt=prompt, best=best, optimizer=optimizer,
-                            schedule=schedule, tasks=SameTasks(tasks)):
-        frozen = args.prompt == "coop"          # the image encoder: it has no prompts
+    schedule = common.scheduled(replace(args, epochs=epochs), optimizer)
+    frozen = args.prompt == "coop"              # the image encoder: it has no prompts
+    for _ in run.epochs(phase, epochs, prompt=prompt, best=best, optimizer=optimizer,
+                        schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks, frozen):
             text_prompts, image_prompts = prompt()                              # Eq. (2), (3), (4)
             x = common.encode_image(model, images, image_prompts)               # [B, D]
@@ -370,69 +352,59 @@ def learn(args, model, run, phase, tasks, start, epochs, keep):
             if text_prompts is not None:
                 w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)   # [C, D]
             losses = common.task_losses(model, x, w, labels, task, texts)       # [N]
+            share = F.one_hot(task, len(tasks)).to(losses.dtype).mean(dim=0)    # [N], of the images
+            loss = share @ losses               # the mean over the step's images
             optimizer.zero_grad()
-            losses.sum().backward()
+            loss.backward()
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=loss, losses=common.nan_where_absent(losses, task))
         schedule.step()
-        scores = accuracies(args, model, tasks, [held_out(task) for task in tasks], prompt)
-        wanted = torch.stack([scores[numbers].mean() for numbers in keep])
-        best.keep(prompt, wanted)
+        accuracy = accuracies(args, model, tasks, list(map(validation_images, tasks)), prompt)
+        wanted = torch.stack([accuracy[numbers].mean() for numbers in keep])
+        best.update(prompt, wanted)
         run.log(val=wanted.mean())
     return best
 
 
+# --------------------------------------------------------------------- the two stages (Sec. 3.2)
+
 def train(args, model, tasks, run):
     """Choose partners by transferability (Sec. 4.3), then the two stages of Sec. 3.2."""
-    seed, names = args.seeds[0], [task.name for task in tasks]
     prompts = build(args, model, tasks)
-    targets = with_held_out(tasks, seed)
+    targets = with_held_out(tasks, args.seeds[0])
     if args.transfer:
-        for _ in run.epochs("transfer", 1, prompts=prompts):    # once, also where a run is resumed
-            prompts.accuracy.copy_(read_transfer(args, names, seed))
-    elif needs_transfer(args, len(tasks)):
+        run.once("transfer", partial(take_transfer, args, tasks, prompts), prompts=prompts)
+    elif args.transferability or chooses_partners(args, len(tasks)):
         measure_transfer(args, model, targets, prompts, run)
     if args.init:
-        for _ in run.epochs("init", 1, prompts=prompts):
-            prompts.seen = read_source(args, prompts.source, seed).to(prompts.seen.device)
-    elif stage_1(args):
+        run.once("init", partial(take_source, args, prompts.source), source=prompts.source)
+    elif has_stage_1(args):
         learn_source(args, model, targets, prompts, run)
     if prompts.targets and not args.transferability:
         adapt(args, model, targets, prompts, run)
     return prompts
 
 
-def with_held_out(tasks, seed):
-    """The tasks with their held-out parts set; says where there are none."""
-    tasks = data.with_held_out(tasks, seed)
-    bare = [task.name for task in tasks if not has_held_out(task)]
-    if bare:
-        print(f"no image of {', '.join(bare)} can be held out: the training images choose the "
-              "checkpoint", flush=True)
-    return tasks
-
-
-def stage_1(args):
+def has_stage_1(args):
     """Whether a source prompt is trained."""
     return not (args.init or args.transferability or args.source == "none")
 
 
+def sources(args, seed):
+    """The tasks of stage 1 where they are not the targets."""
+    if not has_stage_1(args) or args.source in (None, args.data):
+        return []
+    if args.download:
+        data.find_listings(args.source, args.root, download=True)
+    return common.divided_tasks(args, args.source, seed)
+
+
 def learn_source(args, model, targets, prompts, run):
     """Stage 1, "multitask prompt initialization": one prompt on all source tasks together."""
-    sources = targets
-    if other_sources(args):
-        seed = args.seeds[0]
-        sources = with_held_out(common.divided_tasks(args, args.source, seed), seed)
-    best = learn(args, model, run, "source", sources, prompts.source, args.epochs,
-                 keep=[list(range(len(sources)))])
+    tasks = with_held_out(sources(args, args.seeds[0]), args.seeds[0]) or targets
+    best = learn(args, model, run, "source", tasks, prompts.source, args.epochs,
+                 keep=[list(range(len(tasks)))])
     prompts.source.load_state_dict(best.prompts[0].state_dict())
-    seen = torch.cat([fingerprints(images) for images in parts_seen(sources)])
-    prompts.seen = seen.to(prompts.seen.device)
-
-
-def other_sources(args):
-    """Whether stage 1 has tasks of its own, not the targets."""
-    return stage_1(args) and args.source not in (None, args.data)
 
 
 def adapt(args, model, targets, prompts, run):
@@ -442,15 +414,15 @@ def adapt(args, model, targets, prompts, run):
     for groups in candidate_groups(args, prompts.accuracy):
         for target, group in enumerate(groups):
             owners.setdefault(tuple(sorted(group)), {})[target] = group
-    scores = [-1.0] * len(targets)
-    for members, owned in owners.items():                       # the smallest groups come first
+    accuracy = [-1.0] * len(targets)
+    for members, group_of in owners.items():                    # the smallest groups come first
         together = " + ".join(names[i] for i in members)
         best = learn(args, model, run, f"target {together}", [targets[i] for i in members],
                      prompts.source, epochs_of_stage_2(args),
-                     keep=[[members.index(target)] for target in owned])
-        for place, (target, group) in enumerate(owned.items()):
-            if best.scores[place] > scores[target]:
-                scores[target] = best.scores[place].item()
+                     keep=[[members.index(target)] for target in group_of])
+        for place, (target, group) in enumerate(group_of.items()):
+            if best.accuracy[place] > accuracy[target]:
+                accuracy[target] = best.accuracy[place].item()
                 prompts.targets[target].load_state_dict(best.prompts[place].state_dict())
                 prompts.groups[target] = -1
                 prompts.groups[target, :len(group)] = torch.tensor(group)
@@ -459,154 +431,132 @@ def adapt(args, model, targets, prompts, run):
         print(f"groups ({args.grouping} partners), a target first: {'  '.join(told)}", flush=True)
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and of MVLPT, the groups, and the transfer if measured."""
-    names, own = [task.name for task in tasks], prompts.of_targets()
-    with torch.no_grad():
-        text_prompts, image_prompts = zip(*[prompt() for prompt in own])
-        if args.prompt == "vpt":
-            texts = texts_of(args, tasks)
-            w = common.encode_text(model, texts.tokens)
-        else:
-            sets = [t % len(own) for t in range(len(tasks))]
-            texts = common.Texts(tasks, args.n_ctx, sets)
-            text_prompts = torch.stack(text_prompts, dim=1)                     # [1, N, b, d_l]
-            w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)
-        image_prompts = None if args.prompt == "coop" else torch.stack(image_prompts, dim=1)
-        scores = common.evaluate(args, model, tasks, texts.classifiers(w), image_prompts)
-    scores["groups"] = [[names[i] for i in group] for group in prompts.group_lists()]
-    if args.transfer or needs_transfer(args, len(tasks)):
-        scores["transfer_accuracy"] = prompts.accuracy.tolist()
-        scores["transfer"] = transferability(prompts.accuracy).tolist()
-    return scores
-
-
 # ------------------------------------------------- transfer matrices and source prompts from files
 
-UPT = ("heads", "layers", "width")
-MEASURED = ("prompt", "n_ctx", "clip", "split", "shots", *UPT)  # a matrix serves runs with the same
+# a matrix or a source prompt serves runs with the same
+SAME = ("prompt", "n_ctx", "clip", "split", "shots", "heads", "layers", "width")
 
 
-def write_transfer(args, run, names, accuracy, kinds):
-    """Write transfer.csv and transfer.json: the accuracies of each seed so far and their mean.
-
-    accuracy [N, N] (row = source, column = target), of args.seeds[0]; names: of the tasks; kinds:
-    what images of each task were scored, "test", "held-out" or "training".
-    """
-    of_seed = {seed: scores["transfer_accuracy"] for seed, scores in run.state["finished"].items()}
-    of_seed[args.seeds[0]] = accuracy.tolist()
-    mean = torch.tensor(list(of_seed.values())).mean(dim=0)
-    transfer = transferability(mean).tolist()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["source", *names])
-    writer.writerows([name, *row] for name, row in zip(names, transfer))
-    about = {key: getattr(args, key) for key in MEASURED}
-    about.update(data=args.data, images=" and ".join(dict.fromkeys(kinds)), tasks=names,
-                 accuracy=mean.tolist(), transfer=transfer, accuracy_of_seed=of_seed)
-    common.write_whole(run.folder / "transfer.csv", text.getvalue())
-    common.write_whole(run.folder / "transfer.json", json.dumps(about, indent=1))
-
-
-def read_transfer(args, names, seed):
-    """The accuracies [N, N] of the tasks `names` from args.transfer, a transfer.json.
+def read_transfer(args, tasks, seed):
+    """The accuracies [N, N] between tasks in args.transfer, and what images they were measured on.
 
     A seed has its own, because what one seed holds out another may test on. Raises UserError where
-    the file is no transfer matrix, was measured with another prompt, backbone or split, or lacks a
-    task or a seed.
+    the file has none of these tasks and this seed, or they are of another prompt, backbone or
+    split.
     """
-    path, of_seed = args.transfer, {}
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        known, images = list(saved["tasks"]), str(saved["images"])
-        for number, rows in saved["accuracy_of_seed"].items():
-            of_seed[int(number)] = matrix = torch.tensor(rows, dtype=torch.float32)
-            if matrix.shape != (len(known), len(known)) or not (0 <= matrix).all():    # also NaN
-                raise ValueError("no accuracies of these tasks")
-        if not all(key in saved for key in MEASURED):
-            raise KeyError("settings")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise common.UserError(f"--transfer {path} is no transfer matrix: give the transfer.json "
-                               "that a run of --transferability wrote") from None
-    agree(args, saved, MEASURED, f"--transfer {path}")
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise common.UserError(f"--transfer {path} is of the tasks {', '.join(map(str, known))}, "
-                               f"without '{missing[0]}': measure one on the same --data with "
-                               "--transferability")
-    if seed not in of_seed:
-        raise common.UserError(f"--transfer {path} is of the seeds {', '.join(map(str, of_seed))}, "
-                               f"not of {seed}: give those as --seeds")
-    if "test" in images:
-        print(f"warning: --transfer {path} was measured on test images, so they choose the groups: "
-              "a study with --validate keeps them out", file=sys.stderr)
-    rows = [known.index(name) for name in names]
-    return of_seed[seed][rows][:, rows]
+    owner, result = f"--transfer {args.transfer}", common.load_result(args.transfer)
+    if "transfer_accuracy" not in result:
+        raise common.UserError(f"{owner} has no transfer matrix: give the result.json of a run of "
+                               "mvlpt.py --transferability")
+    common.agree(args, result["settings"], SAME, owner)
+    names = [task.name for task in tasks]
+    for key, wanted in (("tasks", names), ("seeds", [seed])):
+        missing = [str(one) for one in wanted if one not in result[key]]
+        if missing:
+            raise common.UserError(f"{owner} is of the {key} {', '.join(map(str, result[key]))}, "
+                                   f"not of {missing[0]}: measure it with the same --data and "
+                                   "--seeds")
+    with common.usable(args.transfer):
+        rows = [result["tasks"].index(name) for name in names]
+        place = result["seeds"].index(seed)
+        accuracy = torch.tensor(result["transfer_accuracy"][place])[rows][:, rows]
+        return accuracy, result["transfer_images"][place]
 
 
-def saved_source(args, seed):
-    """A seed's source prompt in args.init: its state dict, fingerprints of the images it has seen.
+def take_transfer(args, tasks, prompts):
+    """Copy the matrix of args.transfer into prompts."""
+    accuracy, kinds = read_transfer(args, tasks, args.seeds[0])
+    prompts.accuracy.copy_(accuracy)
+    prompts.measured_on.copy_(torch.tensor([kind in kinds for kind in IMAGES]))
 
-    Raises UserError where the file is of another kind of prompt, backbone or split, or has no
-    source prompt of this seed.
+
+def read_source(args, seed):
+    """A seed's source prompt in args.init, a state dict, and hashes of what it was trained on.
+
+    Raises UserError where the file has no source prompt of this seed, or one of another kind,
+    backbone or split.
     """
     saved = common.load_prompts(args.init, "mvlpt")
-    before, state = saved["settings"], saved["prompts"].get(seed)
-    same = ("prompt", "n_ctx", "clip", "split", "shots", "validate", *UPT)
-    agree(args, before, same, f"the source prompt in {args.init}")
-    if before.get("source") == "none" or before.get("transferability"):
-        raise common.UserError(f"{args.init} is of a run without stage 1 and has no source prompt: "
-                               "give one of a run that had a --source")
-    if seed not in saved["prompts"]:
-        seeds = ", ".join(map(str, saved["prompts"]))
-        raise common.UserError(f"{args.init} has source prompts of the seeds {seeds}, not of "
-                               f"{seed}: give those as --seeds")
-    try:
-        source = {key.removeprefix("source."): value for key, value in state.items()
-                  if key.startswith("source.")}
-        return source, state["seen"].long()
-    except (TypeError, KeyError, AttributeError) as error:
-        raise common.UserError(f"{args.init} holds no source prompt: give the prompts.pt that a "
-                               "run of mvlpt wrote") from error
+    with common.usable(args.init):
+        settings, states = saved["settings"], saved["prompts"]
+        common.agree(args, settings, (*SAME, "validate"), f"the source prompt in {args.init}")
+        if settings["init"] or settings["transferability"] or settings["source"] == "none":
+            raise common.UserError(f"{args.init} is of a run without stage 1 and has no source "
+                                   "prompt of its own: give one of a run that trained it")
+        if seed not in states:
+            raise common.UserError(f"{args.init} has source prompts of the seeds "
+                                   f"{', '.join(map(str, states))}, not of {seed}: give those as "
+                                   "--seeds")
+        state = {key.removeprefix("source."): value for key, value in states[seed].items()
+                 if key.startswith("source.")}
+        return state, set(saved["trained_on"][seed].tolist())
 
 
-def read_source(args, prompt, seed):
-    """Load a seed's source prompt from args.init into `prompt`; returns what it has seen.
-
-    Raises UserError as `saved_source`, and where it does not fit.
-    """
-    source, seen = saved_source(args, seed)
-    try:
-        prompt.load_state_dict(source)
-    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise common.UserError(f"the source prompt in {args.init} does not fit {args.clip} as it "
-                               "is: give one of this --clip") from error
-    return seen
+def take_source(args, prompt):
+    """Copy the source prompt of args.init into a prompt."""
+    state, _ = read_source(args, args.seeds[0])
+    with common.usable(args.init):
+        prompt.load_state_dict(state)
 
 
-def agree(args, saved, keys, owner):
-    """Raise UserError where the settings `saved` with `owner` are not those of this run."""
-    for key in keys:
-        if saved.get(key) != getattr(args, key):
-            raise common.UserError(f"{owner} is of a run {common.said(key, saved.get(key))}, not "
-                                   f"{common.said(key, getattr(args, key))}: use the same, or "
-                                   "leave the file out")
+# ---------------------------------------------------------------------- what the frame asks for
+
+@torch.no_grad()
+def classify(args, model, tasks, prompts):
+    """Each task's classifier and image prompts: its own prompt's, or the source prompt's."""
+    trained = list(prompts.targets) or [prompts.source]
+    text_prompts, image_prompts = zip(*[prompt() for prompt in trained])
+    texts = texts_of(args, tasks, sets=[t % len(trained) for t in range(len(tasks))])
+    text_prompts = None if args.prompt == "vpt" else torch.stack(text_prompts, dim=1)
+    image_prompts = None if args.prompt == "coop" else torch.stack(image_prompts, dim=1)
+    w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)       # [C, D]
+    return dict(classifiers=texts.classifiers(w), image_prompts=image_prompts)
 
 
-# -------------------------------------------------------------------- checks before training
+def report(args, tasks, prompts):
+    """The groups, and the transfer if there is one, with what images it was measured on."""
+    names = [task.name for task in tasks]
+    found = dict(groups=[[names[i] for i in group] for group in prompts.group_lists()])
+    if prompts.measured_on.any():
+        found["transfer_accuracy"] = prompts.accuracy.tolist()
+        found["transfer"] = transferability(prompts.accuracy).tolist()
+        kinds = [kind for kind, there in zip(IMAGES, prompts.measured_on) if there]
+        found["transfer_images"] = " and ".join(kinds)
+    return found
+
+
+def check(args, tasks):
+    """Reject contradictions, and groups, a matrix and a source prompt that do not fit the tasks."""
+    if tasks is None:
+        check_settings(args)
+        return
+    n = len(tasks)
+    if isinstance(args.group_size, int) and args.group_size > n:
+        raise common.UserError(f"--group-size {args.group_size} is more than the {n} tasks of "
+                               f"--data {args.data}: give fewer, or all")
+    if (args.transfer or args.grouping == "worst") and not chooses_partners(args, n):
+        remedy = f"give a --group-size from 2 to {n - 1}" if n > 2 else "leave it out"
+        choice = f"--transfer {args.transfer}" if args.transfer else "--grouping worst"
+        raise common.UserError(f"{choice} chooses partners, and --group-size {args.group_size} of "
+                               f"{n} tasks leaves no choice: {remedy}")
+    texts_of(args, tasks)                                       # rejects texts that are too long
+    if args.eval or args.resume:
+        return                                                  # the files have been read
+    for seed in args.seeds:
+        if args.transfer:
+            _, kinds = read_transfer(args, tasks, seed)
+            if "test" in kinds:
+                print(f"warning: --transfer {args.transfer} was measured on test images, so they "
+                      "choose the groups: a study with --validate keeps them out", file=sys.stderr)
+        if args.init:
+            _, seen = read_source(args, seed)
+            targets = common.divided_tasks(args, args.data, seed)
+            common.reject_seen(targets, seen, f"the source prompt in {args.init} (seed {seed}) was")
+
 
 def check_settings(args):
     """Reject settings that contradict each other, whatever the tasks are."""
-    adapted, alone = epochs_of_stage_2(args) > 0, args.group_size == 1
-    upt = (args.heads, args.layers, args.width)
-    if epochs_of_stage_2(args) < 0:
-        raise common.UserError(f"--adapt-epochs {args.adapt_epochs} is too small: give 0 or more")
-    if isinstance(args.group_size, int) and args.group_size < 1:
-        raise common.UserError(f"--group-size {args.group_size} is too small: give 1 or more, all, "
-                               "or best")
-    if min(upt) < 1:
-        raise common.UserError(f"--heads, --layers and --width cannot be {min(upt)}: give 1 or "
-                               "more")
+    alone, upt = args.group_size == 1, (args.heads, args.layers, args.width)
     if args.width % args.heads:
         raise common.UserError(f"--width {args.width} is not a multiple of --heads {args.heads}: "
                                "give one that is")
@@ -621,104 +571,15 @@ def check_settings(args):
         raise common.UserError("--transferability trains a prompt per task alone, from a random "
                                "start: leave out --source, --init, --transfer, --group-size and "
                                "--grouping")
-    if not adapted and (args.transferability or args.source == "none" or not alone):
-        raise common.UserError("--adapt-epochs 0 leaves only the source prompt of stage 1: leave "
-                               "out --group-size, --transferability and --source none")
+    if epochs_of_stage_2(args) == 0:
+        if args.transferability or args.source == "none" or not alone:
+            raise common.UserError("--adapt-epochs 0 leaves only the source prompt of stage 1: "
+                                   "leave out --group-size, --transferability and --source none")
 
 
-def check(args, tasks):
-    """Reject groups, a matrix, a source prompt and source tasks that do not fit the tasks."""
-    n, choice = len(tasks), f"--grouping {args.grouping}"
-    if isinstance(args.group_size, int) and args.group_size > n:
-        raise common.UserError(f"--group-size {args.group_size} is more than the {n} tasks of "
-                               f"--data {args.data}: give fewer, or all")
-    if args.transfer:
-        choice = f"--transfer {args.transfer}"
-    if (args.transfer or args.grouping == "worst") and not needs_transfer(args, n):
-        remedy = f"give a --group-size from 2 to {n - 1}" if n > 2 else "leave it out"
-        raise common.UserError(f"{choice} chooses partners, and --group-size {args.group_size} of "
-                               f"{n} tasks leaves no choice: {remedy}")
-    texts_of(args, tasks)                                       # rejects texts that are too long
-    if args.eval:
-        return
-    if not args.resume:
-        for seed in args.seeds:
-            if args.transfer:
-                read_transfer(args, [task.name for task in tasks], seed)
-            if args.init:
-                _, seen = saved_source(args, seed)
-                reject_seen(args, seed, dict.fromkeys(seen.tolist()),
-                            f"the source prompt in {args.init}")
-    if other_sources(args):
-        check_sources(args)
-
-
-def check_sources(args):
-    """Reject source tasks that cannot be trained on, or that train on the targets' test images."""
-    if args.download:
-        data.find_listings(args.source, args.root, download=True)
-    for seed, sources in common.checked_tasks(args, args.source, n_text(args)).items():
-        texts_of(args, sources)                                 # rejects texts that are too long
-        seen = {}
-        for images in parts_seen(sources):
-            seen.update(zip(fingerprints(images).tolist(), images.items))
-        reject_seen(args, seed, seen, f"--source {args.source}")
-
-
-def parts_seen(tasks):
-    """The image lists that a training on tasks sees: also held-out ones choose its checkpoint."""
-    return [images for task in tasks for images in (task.train, task.val) if images]
-
-
-def fingerprints(images):
-    """A hash (int64) of each image, as common.fingerprints, with links in paths resolved."""
-    items = [Path(item).resolve() if isinstance(item, (str, Path)) else item
-             for item in images.items]
-    return common.fingerprints(data.Images(items, images.labels))
-
-
-def reject_seen(args, seed, seen, owner):
-    """Raise UserError where a target tests on images that were trained on.
-
-    seen: {fingerprint: item of an image list, or None where that is not known}.
-    """
-    for task in common.divided_tasks(args, args.data, seed):
-        prints = fingerprints(task.test).tolist()
-        both = [item for item, found in zip(task.test.items, prints)
-                if found in seen and same_image(item, seen[found])]
-        if both:
-            raise common.UserError(f"{owner} trains on {len(both)} of the {len(task.test)} images "
-                                   f"that --data {args.data} tests {task.name} on (seed {seed}), "
-                                   f"such as {both[0]}: take them out of one of the two")
-
-
-def same_image(item, other):
-    """Whether two items of one fingerprint are one image: files of one name may differ."""
-    if isinstance(item, (str, Path)) and isinstance(other, (str, Path)):
-        return filecmp.cmp(item, other, shallow=False)
-    return True
-
-
-def n_text(args):
-    """How many vectors stand before a class name."""
-    return 0 if args.prompt == "vpt" else args.n_ctx
-
-
-def kind_of(argv):
-    """The `--prompt` of a command line: the kinds differ in their defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--prompt", nargs="?", default=Args.prompt)
-    return parser.parse_known_args(argv)[0].prompt
-
-
-def main(argv=None):
-    kind = kind_of(argv)
-    own = LongArgs if kind in ("coop", "vpt") else Args
-    args = common.parse(own, __doc__, argv, dict(TINY, **TINY_OF.get(kind, {})))
-    check_settings(args)
-    common.run_seeds(args, build, train, score, n_text(args), image_prompts=args.prompt != "coop",
-                     own=True, check=check, tiny=TINY)
-
+METHOD = common.Method("mvlpt", Args, __doc__, build, train, classify, defaults=defaults,
+                       check=check, sources=sources, report=report, n_text=n_text,
+                       image_prompts=lambda args: args.prompt != "coop", bound=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

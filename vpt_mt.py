@@ -24,11 +24,10 @@ Choices the papers leave open
 - N(0, 0.02) to start from, as for text prompts. Layer 0's prompts enter behind `ln_pre` and have no
   positional embedding.
 - No head is trained, unlike in the VPT paper: CLIP's text features are the classifier.
-- SGD with momentum 0.9 and weight decay 5e-4 (Dassl's defaults, on which CoOp's program runs), and
-  a cosine that steps once an epoch, without warm-up; JSCPT's fixed learning rate is `--schedule
-  constant`.
-- A step takes a batch of every task; an epoch is as long as the largest task needs; smaller tasks
-  cycle. Fresh views every epoch.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
+  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. JSCPT's fixed
+  rate is `--schedule constant`. A step takes a batch of every task (`common.batches`), with fresh
+  views.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -38,26 +37,30 @@ from torch import nn
 
 import common
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4      # Dassl's defaults
-
 
 @dataclass
 class Args(common.Args):
     """MmAP, Sec. 4.1, "Implementation Details"."""
 
-    method = "vpt_mt"
     clip: str = "ViT-B/16"  # "CLIP (ViT-B/16) chosen as our default model"; tiny for built-in data
-    epochs: int = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
-    lr: float = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
-    batch_size: int = 16  # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
-    n_ctx: int = 16  # prompt length b (ours, as for CoOp-MT)
+    epochs: common.Count = 5  # "train for 5 epochs for Office-Home/MiniDomainNet"
+    lr: common.Rate = 0.0035  # "We employ the SGD optimizer with a learning rate of 0.0035"
+    # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
+    batch_size: common.Count = 16
+    n_ctx: common.Count = 16  # prompt length b (ours, as for CoOp-MT)
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # prompts per task, each trained alone (the papers' column VPT)
 
 
-# how they were chosen: data/README.md, "Settings for `tiny`"
-TINY = dict(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
-OF_DATA = dict(minidomainnet=dict(batch_size=4))
+def defaults(args):
+    """The settings of `tiny` (data/README.md says how they were chosen), and MmAP's on
+    MiniDomainNet."""
+    usual = {}
+    if args.data.split(":")[0] == "minidomainnet":
+        usual.update(batch_size=4)
+    if args.clip == "tiny":
+        usual.update(epochs=10, lr=0.03, n_ctx=4, min_crop=0.6)
+    return usual
 
 
 class ImagePrompts(nn.Module):
@@ -84,7 +87,7 @@ def train(args, model, tasks, run):
     prompts = build(args, model, tasks)
     texts = common.Texts(tasks, templates=True).to(model.logit_scale.device)
     w = common.encode_text(model, texts.tokens)                                 # [C, D], fixed
-    optimizer, schedule = common.sgd(args, prompts, MOMENTUM, WEIGHT_DECAY)
+    optimizer, schedule = common.sgd(args, prompts)
     for epoch in run.epochs("train", args.epochs, prompts=prompts, optimizer=optimizer,
                             schedule=schedule):
         for images, labels, task in common.batches(args, model, tasks):         # [B, 3, H, W]
@@ -93,22 +96,19 @@ def train(args, model, tasks, run):
             optimizer.zero_grad()
             losses.sum().backward()                                             # MmAP (11)
             optimizer.step()
-            run.log(loss=losses.sum(), losses=common.of_present(losses, task))
+            run.log(loss=losses.sum(), losses=common.nan_where_absent(losses, task))
         schedule.step()
     return prompts
 
 
-def score(args, model, tasks, prompts):
-    """The accuracies of zero-shot CLIP and with the image prompts, in %; the texts are the same."""
-    image_prompts = prompts.image_prompts()[:, None]                            # [L, 1, b, d_v]
-    return common.evaluate(args, model, tasks, common.zero_shot_classifiers(model, tasks),
-                           image_prompts)
+def classify(args, model, tasks, prompts):
+    """The tasks' classifiers, those of zero-shot CLIP, and the image prompts."""
+    return dict(classifiers=common.zero_shot_classifiers(model, tasks),
+                image_prompts=prompts.image_prompts()[:, None])                 # [L, 1, b, d_v]
 
 
-def main(argv=None):
-    args = common.parse(Args, __doc__, argv, TINY, OF_DATA)
-    common.run_seeds(args, build, train, score, image_prompts=True, tiny=TINY)
-
+METHOD = common.Method("vpt_mt", Args, __doc__, build, train, classify, defaults=defaults,
+                       image_prompts=True)
 
 if __name__ == "__main__":
-    common.script(main)
+    common.script(METHOD)

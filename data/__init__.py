@@ -3,7 +3,9 @@ from .benchmarks import absolute
 from .errors import UserError, brief, expand, nearest
 from .images import (
     Images,
+    Views,
     in_order,
+    keep_all,
     label_tensor,
     normalise,
     plan,
@@ -11,8 +13,10 @@ from .images import (
     rendered,
 )
 from .listing import Listing
+from .seen import contents, tested, trained_on
 from .tasks import Task, built_in_shots, find_listings, hold_out, load_tasks, with_held_out
 
-__all__ = ["Images", "Listing", "Task", "UserError", "absolute", "brief", "built_in_shots",
-           "expand", "find_listings", "hold_out", "in_order", "label_tensor", "load_tasks",
-           "nearest", "normalise", "plan", "read_image", "rendered", "with_held_out"]
+__all__ = ["Images", "Listing", "Task", "UserError", "Views", "absolute", "brief", "built_in_shots",
+           "contents", "expand", "find_listings", "hold_out", "in_order", "keep_all",
+           "label_tensor", "load_tasks", "nearest", "normalise", "plan", "read_image", "rendered",
+           "tested", "trained_on", "with_held_out"]

@@ -1,19 +1,20 @@
 """Is a benchmark complete, and can its images be read? The work of `python common.py check`."""
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .benchmarks.lists import counted
 from .errors import UserError
-from .images import Images
+from .images import Images, decoded, shown
 from .listing import file_of, images_of
+from .seen import digest
 from .tasks import find_listings
 
 
 def report(data, root="data", quick=False, workers=0):
     """(lines of a table of the tasks, remarks, problems, the number of images).
 
-    quick: do not decode the images. Raises UserError where there is nothing to check.
+    quick: do not read the images. Raises UserError where there is nothing to check.
     """
     listings = find_listings(data, root)
     remarks, problems = [], []
@@ -24,6 +25,7 @@ def report(data, root="data", quick=False, workers=0):
     if not quick:
         for x in listings:
             problems += undecoded(x, workers)
+            (remarks if x.published else problems).extend(copies(x))
     images = sum(len(items) for x in listings for items in images_of(x).values())
     return table(listings), remarks, problems, images
 
@@ -66,20 +68,35 @@ def gaps(listing):
     return found
 
 
-class _Decoded(Images):
-    """Item i is None, or the line that says why image i cannot be decoded."""
-
-    def __getitem__(self, index):
+def copies(listing):
+    """A line, in a list, where images of a task are exact copies of others; `gaps` names links."""
+    items = {}
+    for part in images_of(listing).values():
+        for item in part:
+            is_path = isinstance(item, (str, Path))
+            items.setdefault(file_of(item) if is_path else id(item), item)
+    shown_items = tqdm(items.values(), desc=f"compare {listing.name}", delay=2, leave=False,
+                       disable=None)
+    seen, found = {}, []
+    for item in shown_items:
         try:
-            super().__getitem__(index)
-        except UserError as error:
-            return str(error)
+            first = seen.setdefault(digest(item), item)
+        except UserError:           # `undecoded` names it
+            continue
+        if first is not item:
+            found.append((item, first))
+    if not found:
+        return []
+    are = "is an exact copy of another" if len(found) == 1 else "are exact copies of others"
+    says = f"{counted(found, 'image')} of {listing.name} {are}"
+    if isinstance(found[0][0], (str, Path, tuple)):
+        says += ", such as {} of {}".format(*map(shown, found[0]))
+    return [f"{says}: a split can train on one and test on the other"]
 
 
 def undecoded(listing, workers=0):
     """A line for each image that cannot be decoded."""
     items = [item for part in images_of(listing).values() for item in part]
-    jobs = _Decoded(items, [0] * len(items), listing.read)
-    loader = DataLoader(jobs, batch_size=64, num_workers=workers, collate_fn=list)
-    shown = tqdm(loader, desc=f"check {listing.name}", delay=2, leave=False, disable=None)
-    return [line for batch in shown for line in batch if line]
+    images = Images(items, [0] * len(items), listing.read)
+    read = decoded([images], workers, text=f"check {listing.name}")
+    return [line for _, _, line in read if line]

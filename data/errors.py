@@ -1,5 +1,6 @@
 """Errors of a user's making, and warnings, as one line that names the culprit and the remedy."""
 import difflib
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -28,5 +29,10 @@ def brief(error):
 
 
 def expand(path):
-    """An absolute path, with ~ expanded."""
-    return Path(path).expanduser().absolute()
+    """An absolute path, with ~ expanded; UserError where the working folder is gone."""
+    path = os.path.expanduser(path)
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise UserError(f"{path} is below the working folder, which no longer exists: go to "
+                        "another folder") from None

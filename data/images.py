@@ -1,8 +1,12 @@
 """An image file read as a person sees it, its views, and the batches of a training step."""
+import contextlib
 import io
 import math
+import multiprocessing
 import os
 import random
+import sys
+import traceback
 import warnings
 import zipfile
 from functools import lru_cache
@@ -10,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 from .errors import UserError, brief
 
@@ -22,26 +28,38 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_image(path):
-    """The RGB image in a file, or in a member of a zip file: (zip file, member), as a person sees
-    it.
+    """The RGB image in a file, as `read_pixels` reads it, as a PIL image."""
+    return as_pil(read_pixels(path))
 
-    EXIF orientation is applied, transparency is put on white, 16-bit and float images are scaled by
-    their range, of an animation the first frame is taken. Raises UserError with the path where the
-    file cannot be decoded.
+
+def read_pixels(path):
+    """The RGB image in a file, or in a member of a zip file: (zip file, member), as a person sees
+    it, uint8 [3, H, W].
+
+    EXIF orientation is applied, transparency is put on white, 16-bit, 32-bit and float images are
+    scaled by their range, of an animation the first frame is taken. Raises UserError with the path
+    where the file cannot be decoded.
     """
     try:
-        file = path
-        if isinstance(path, tuple):
-            archive, member = path
-            file = io.BytesIO(_zip_file(archive, os.getpid()).read(member))
-        with warnings.catch_warnings():
+        with opened(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow warns of damage first
             with Image.open(file) as image:
-                image.load()
-                return rgb(upright(image))
+                pixels = plain_jpeg(file, image)
+                if pixels is None:
+                    image.load()
+                    pixels = as_pixels(rgb(upright(image), image.format))
+                return pixels
     except Exception as error:      # Pillow's decoders raise RuntimeError, TypeError and others
         raise UserError(f"{shown(path)} cannot be decoded as an image ({brief(error)}): replace it "
-                        "or take it away") from error
+                        "or remove it") from error
+
+
+def opened(path):
+    """The open file of an image."""
+    if isinstance(path, tuple):
+        archive, member = path
+        return io.BytesIO(_zip_file(archive, os.getpid()).read(member))
+    return open(path, "rb")
 
 
 @lru_cache(maxsize=128)
@@ -56,6 +74,42 @@ def shown(item):
     return "@".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
+def plain_jpeg(file, image):
+    """The pixels of an RGB or grey JPEG without EXIF orientation, by torchvision's decoder, which
+    is faster than Pillow's and gives the same. None for any other image, and for one that this
+    decoder rejects or that torchvision has no decoder for."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or is_turned(image):
+        return None
+    file.seek(0)
+    content = torch.frombuffer(file.read(), dtype=torch.uint8)      # warns that it is read-only
+    try:
+        with silent():
+            return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
+    except Exception:
+        return None
+
+
+@contextlib.contextmanager
+def silent():
+    """Nothing reaches the process's stderr, to which libjpeg writes a line per damaged image."""
+    with open(os.devnull, "wb") as null:
+        kept = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def is_turned(image):
+    """Whether an image has an EXIF orientation; damaged EXIF data count as none."""
+    try:
+        return image.getexif().get(0x0112, 1) != 1
+    except Exception:
+        return False
+
+
 def upright(image):
     """An image with its EXIF orientation applied; damaged EXIF data count as none."""
     try:
@@ -64,10 +118,12 @@ def upright(image):
         return image
 
 
-def rgb(image):
+def rgb(image, file_format=None):
     """A PIL image of any mode in RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
+        # Pillow opens 16 bits of a PPM file, and before 10.3 of a PNG file, in 32
+        wide = image.mode == "I" and file_format not in ("PNG", "PPM")
+        return Image.fromarray(eight_bits(np.asarray(image), wide)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -75,22 +131,34 @@ def rgb(image):
     return image.convert("RGB")
 
 
-def eight_bits(values):
-    """Grey values of 16 bits, 32 bits or floats as uint8, scaled by their range.
+def eight_bits(values, wide=False):
+    """Grey values of 16 bits, of 32 bits (wide) or floats as uint8.
 
-    Floats in 0..1 are multiplied by 255, values above 255 and up to 65535 divided by 257; any other
-    range that leaves 0..255 is stretched from its minimum to its maximum.
+    Floats in 0..1 are multiplied by 255, and what lies in 0..255 is left as it is. 16 bits are
+    divided by 257. Any other range, of 32 bits or floats, is stretched from its minimum to its
+    maximum.
     """
     floats = values.dtype.kind == "f"
     values = np.nan_to_num(values.astype(np.float64))
     low, high = values.min(), values.max()
     if floats and low >= 0 and high <= 1:
         values = values * 255
-    elif 0 <= low and 255 < high <= 65535:
-        values = values / 257
-    elif low < 0 or high > 65535:
-        values = (values - low) * (255 / max(high - low, 1e-12))
+    elif low < 0 or high > 255:
+        if floats or wide:
+            values = (values - low) * (255 / max(high - low, 1e-12))
+        else:
+            values = values / 257
     return np.round(values).clip(0, 255).astype(np.uint8)
+
+
+def as_pixels(image):
+    """uint8 [3, H, W] of an RGB PIL image; its memory is [H, W, 3], as the resize likes it."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def as_pil(pixels):
+    """The PIL image of pixels [3, H, W]."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def read_array(array):
@@ -110,33 +178,37 @@ def _sheet(path):
     return Image.open(path).convert("RGB")
 
 
-class Images(torch.utils.data.Dataset):
-    """A list of (PIL image, label). `items` are paths, or anything that `read` makes an image
+class Images(Dataset):
+    """A list of (PIL image, label). `items` are paths, or anything that `read` makes an RGB image
     of.
 
     A label is a class number, or where an image may have several a tuple of them, the class that it
     was drawn for first. crop: whether an image that is not augmented is cropped at its centre, as
-    CLIP does, or resized to a square.
+    CLIP does, or resized to a square. kept: {item: its pixels}, see `keep_all`.
     """
 
     def __init__(self, items, labels, read=read_image, kept=None, crop=True):
         self.items, self.labels, self.read = list(items), list(labels), read
-        self.kept = {} if kept is None else kept                # decoded images by item, see `keep`
+        self.kept = {} if kept is None else kept
         self.crop = crop
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        item = self.items[index]
-        if self.kept and item in self.kept:
-            return self.kept[item].copy(), self.labels[index]
-        return self.read(item), self.labels[index]
+        return as_pil(self.pixels(index)), self.labels[index]
 
     def __getstate__(self):
-        state = dict(self.__dict__, kept={})        # too much to send to a worker process
-        state.pop("view_features", None)
-        return state
+        return dict(self.__dict__, kept={})         # too much to send to a worker process
+
+    def pixels(self, index):
+        """An image as uint8 [3, H, W], from memory where it is kept there. Not to be written on."""
+        item = self.items[index]
+        if self.kept and item in self.kept:
+            return self.kept[item]
+        if self.read is read_image:
+            return read_pixels(item)
+        return as_pixels(self.read(item))
 
     @property
     def classes(self):
@@ -153,18 +225,6 @@ class Images(torch.utils.data.Dataset):
             self.crop,
         )
 
-    def keep(self, index, room):
-        """Decode an image, hold it if it takes at most `room` bytes; returns the room that is left.
-
-        Images that are in memory already (the built-in benchmark, CIFAR-100) are not held twice.
-        """
-        image = self.read(self.items[index])
-        size = 4 * image.width * image.height       # Pillow stores RGB in four bytes per pixel
-        if self.read is not read_image or size > room:
-            return room
-        self.kept[self.items[index]] = image
-        return room - size
-
 
 def label_tensor(labels):
     """Labels as a tensor [B]; where one of them is a tuple of classes, the uniform distribution
@@ -178,6 +238,178 @@ def label_tensor(labels):
     return rows
 
 
+# ------------------------------------------------------------------------------- worker processes
+
+class Loader:
+    """What a dataset makes of the jobs of each epoch, in order; worker processes start once.
+
+    They start with the first epoch, see the dataset as it is then, and end with `close`. On Linux
+    they are forked and share the images in memory (unless the program has set another start
+    method); under spawn and forkserver they have no copy of them and read the files again.
+    dataset[job] is anything that can be pickled, and a str is the line of a UserError.
+    """
+
+    def __init__(self, dataset, workers):
+        self.dataset, self.workers = dataset, workers
+        self.loader, self.jobs, self.epoch = None, _Jobs(), 0
+
+    def load(self, jobs):
+        """Yield dataset[job] of each job, in order. Raises UserError where a job or a worker
+        process fails."""
+        self.epoch += 1
+        self.jobs.of_epoch, epoch = jobs, self.epoch
+        try:
+            for item in self.started():
+                if isinstance(item, str):
+                    raise UserError(item)
+                yield item
+                if self.workers and self.epoch != epoch:
+                    raise RuntimeError("another epoch of this loader has begun meanwhile")
+        except (RuntimeError, OSError) as error:
+            self.close()
+            if self.workers and is_of_workers(error):
+                raise UserError(f"the processes that read images died ({brief(error)}): give "
+                                "--workers 0") from error
+            raise
+
+    def started(self):
+        """The DataLoader's iterator for an epoch; the first one starts the worker processes."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # torch warns of more workers than CPU cores
+            if self.loader is None:
+                self.loader = DataLoader(
+                    self.dataset,
+                    batch_size=None,
+                    sampler=self.jobs,
+                    num_workers=self.workers,
+                    collate_fn=unchanged,
+                    persistent_workers=self.workers > 0,
+                    multiprocessing_context=start_method() if self.workers else None,
+                    generator=torch.Generator(),    # so that nothing draws from the global one
+                )
+            try:
+                return iter(self.loader)
+            except (RuntimeError, OSError) as error:
+                forget(error)
+                raise
+
+    def close(self):
+        """End the worker processes; the next epoch would start others."""
+        self.loader = None
+
+
+class _Jobs:
+    """A DataLoader's sampler: the jobs of the epoch."""
+
+    def __iter__(self):
+        return iter(self.of_epoch)
+
+
+def unchanged(item):
+    """A DataLoader's collate_fn that leaves arrays as they are: they travel through a pipe, and
+    tensors would need shared memory, of which Docker has 64 MB."""
+    return item
+
+
+def forget(error):
+    """Delete what the frames of an error hold, in silence: a DataLoader's iterator of which half
+    the processes have started ends them, and complains on stderr of the other half."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    traceback.clear_frames(error.__traceback__)
+    sys.unraisablehook = hook
+
+
+def start_method():
+    """How worker processes start: by fork on Linux, unless the program has set another way."""
+    default = multiprocessing.get_all_start_methods()[0]
+    chosen = multiprocessing.get_start_method(allow_none=True) or default
+    return "fork" if sys.platform == "linux" and chosen == default else chosen
+
+
+def is_of_workers(error):
+    """Whether worker processes could not start or died; an error in their code is not theirs."""
+    text = str(error)
+    return not text.startswith("Caught ") and (isinstance(error, OSError) or "worker" in text)
+
+
+def n_workers(lists, workers):
+    """`workers`, or where it is None a process per CPU core, at most 8, for more than 400 files."""
+    if workers is not None:
+        return workers
+    files = sum(len(images) for images in lists if images.read is read_image)
+    if files <= 400:
+        return 0
+    if hasattr(os, "sched_getaffinity"):            # the cores that this process may use
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+class _Decoded(Dataset):
+    """Job (list, indices, wanted) is (list, indices, for each image its array [H, W, 3], where it
+    is not wanted None, or where it cannot be decoded an error's line)."""
+
+    def __init__(self, lists):
+        self.lists = lists
+
+    def __getitem__(self, job):
+        t, indices, wanted = job
+        found = []
+        for i in indices:
+            try:
+                pixels = self.lists[t].pixels(i)
+                found.append(pixels.permute(1, 2, 0).numpy() if wanted else None)
+            except UserError as error:
+                found.append(str(error))
+        return t, indices, found
+
+
+def decoded(lists, workers=None, wanted=lambda t: False, text="check"):
+    """Yield (list, index, pixels) of every image of some lists of Images, under a progress bar.
+
+    pixels: uint8 [3, H, W], None where `wanted` says so of the list when the image's turn comes, or
+    where the image cannot be decoded the line that says why.
+    """
+    def jobs():
+        for t, images in enumerate(lists):
+            for k in range(0, len(images), 8):
+                yield t, range(k, min(k + 8, len(images))), wanted(t)
+
+    loader = Loader(_Decoded(lists), n_workers(lists, workers))
+    total = sum(map(len, lists))
+    with tqdm(total=total, desc=text, delay=2, leave=False, disable=None) as bar:
+        for t, indices, found in loader.load(jobs()):
+            for i, pixels in zip(indices, found):
+                if isinstance(pixels, np.ndarray):
+                    pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+                yield t, i, pixels
+            bar.update(len(indices))
+    loader.close()
+
+
+def keep_all(lists, room, workers=None):
+    """Decode every image of some lists of Images, and keep those of files in memory, as uint8
+    [3, H, W], until one does not fit into what is left of `room` bytes.
+
+    What is in memory already (the built-in benchmark, CIFAR-100) is not kept twice. Raises
+    UserError for the first image that cannot be decoded.
+    """
+    left = room
+
+    def wanted(t):
+        return left > 0 and lists[t].read is read_image
+
+    for t, i, pixels in decoded(lists, workers, wanted):
+        if isinstance(pixels, str):
+            raise UserError(pixels)
+        if pixels is None or not left:
+            continue
+        if pixels.nbytes > left:
+            left = 0
+        else:
+            lists[t].kept[lists[t].items[i]] = pixels
+            left -= pixels.nbytes
+
+
 # ------------------------------------------------------------------------- the batches of a step
 
 def plan(sizes, batch_size, mixed=False, views=0):
@@ -186,8 +418,8 @@ def plan(sizes, batch_size, mixed=False, views=0):
     sizes: the number of training images of each task. mixed=False: a batch of every task in each
     step, in shuffled order; an epoch ends when the largest task has been seen once, smaller tasks
     and the last batch go on with a fresh shuffle. mixed=True: batches of the shuffled union of the
-    tasks, every image once. views: how many views an image has, 0: any. Draws from PyTorch's global
-    generator, and only here.
+    tasks, every image once. views: how many views an image has, 0: any (2**24, below which all
+    versions of torch draw the same). Draws from PyTorch's global generator, and only here.
     """
     if mixed:
         union = [(t, i) for t, n in enumerate(sizes) for i in range(n)]
@@ -204,28 +436,48 @@ def plan(sizes, batch_size, mixed=False, views=0):
         for k in range(0, n_steps * batch_size, batch_size):
             steps.append([(t, i) for t, stream in enumerate(streams)
                           for i in stream[k:k + batch_size]])
-    drawn = torch.randint(views or 2**31, (sum(map(len, steps)),)).tolist()
+    drawn = torch.randint(views or 2**24, (sum(map(len, steps)),)).tolist()
     numbers = iter(drawn)
     return [[(t, i, next(numbers)) for t, i in step] for step in steps]
 
 
-def rendered(lists, steps, size, seed, min_crop=0.08, augment=None, workers=None):
-    """Yield (images uint8 [B, 3, size, size], labels, task [B]) for each step of a `plan`.
+class Views:
+    """The views of training images, from worker processes that start once (see Loader).
 
     A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip,
     under a random state of its own, from the seed, the task, the index and the view: no worker
     process and no other image has a part in it. Where augment[task] is False an image is what it is
-    for a test. labels: as `label_tensor` has them. workers: how many processes read; None chooses,
-    0 works everywhere.
+    for a test. workers: how many processes read; None chooses, 0 works everywhere.
     """
-    augmented = transforms.Compose([
-        transforms.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip()])
-    kinds = [augmented if augment is None or augment[t] else whole(size, images.crop)
-             for t, images in enumerate(lists)]
-    jobs = _Rendered(lists, steps, kinds, seed)
-    for pixels, labels, tasks in _loaded(jobs, lists, workers):
-        yield torch.from_numpy(pixels), label_tensor(labels), torch.tensor(tasks)
+
+    def __init__(self, lists, size, seed, min_crop=0.08, augment=None, workers=None):
+        augmented = v2.Compose([
+            v2.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip()])
+        kinds = [augmented if augment is None or augment[t] else whole(size, images.crop)
+                 for t, images in enumerate(lists)]
+        self.dataset, self.workers = _Rendered(lists, kinds, seed), n_workers(lists, workers)
+        self.loader = None
+
+    def steps(self, steps):
+        """Yield (images uint8 [B, 3, size, size], labels, task [B]) for each step of a `plan`.
+
+        labels: as `label_tensor` has them.
+        """
+        if self.loader is None:
+            self.loader = Loader(self.dataset, min(self.workers, len(steps)))
+        for pixels, labels, tasks in self.loader.load(steps):
+            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            yield pixels, label_tensor(labels), torch.tensor(tasks)
+
+    def close(self):
+        """End the worker processes."""
+        self.loader = None
+
+
+def rendered(lists, steps, size, seed, min_crop=0.08, augment=None, workers=None):
+    """`Views(...).steps(steps)`, by worker processes for these steps alone."""
+    yield from Views(lists, size, seed, min_crop, augment, workers).steps(steps)
 
 
 def in_order(images, size, workers=None, batch=100):
@@ -233,73 +485,43 @@ def in_order(images, size, workers=None, batch=100):
     resized to `size` (bicubic) and cropped at the centre, or whole where `images.crop` is False."""
     steps = [[(0, i, 0) for i in range(k, min(k + batch, len(images)))]
              for k in range(0, len(images), batch)]
-    jobs = _Rendered([images], steps, [whole(size, images.crop)], 0)
-    for pixels, labels, _ in _loaded(jobs, [images], workers):
-        yield torch.from_numpy(pixels), label_tensor(labels)
+    for pixels, labels, _ in rendered([images], steps, size, 0, augment=[False], workers=workers):
+        yield pixels, labels
 
 
 def whole(size, crop):
-    """The view of an image that is not augmented: CLIP's, or without its centre crop."""
+    """The transform of an image that is not augmented."""
     if not crop:
-        return transforms.Resize((size, size), InterpolationMode.BICUBIC)
-    return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC),
-                               transforms.CenterCrop(size)])
+        return v2.Resize((size, size), InterpolationMode.BICUBIC)
+    return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
 
 
 def normalise(images):
     """Float images [B, 3, H, W] from uint8 ones: CLIP's ToTensor and Normalize."""
-    x = images.float() / 255
+    x = images.float(memory_format=torch.contiguous_format) / 255
     mean = torch.tensor(PIXEL_MEAN, device=x.device)[:, None, None]
     return (x - mean) / torch.tensor(PIXEL_STD, device=x.device)[:, None, None]
 
 
-class _Rendered(torch.utils.data.Dataset):
-    """Item k is step k as arrays. A UserError is returned as its line, to leave a worker whole."""
+class _Rendered(Dataset):
+    """The arrays of a step. A UserError is returned as its line, to leave a worker whole."""
 
-    def __init__(self, lists, steps, kinds, seed):
-        self.lists, self.steps, self.kinds, self.seed = lists, steps, kinds, seed
-
-    def __len__(self):
-        return len(self.steps)
+    def __init__(self, lists, kinds, seed):
+        self.lists, self.kinds, self.seed = lists, kinds, seed
 
     def __getitem__(self, step):
         pixels, labels = [], []
         try:
-            for task, index, view in self.steps[step]:
-                image, label = self.lists[task][index]
-                name = f"{self.seed}/{task}/{index}/{view}"
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(random.Random(name).getrandbits(63))
-                    image = self.kinds[task](image)
-                pixels.append(np.asarray(image).transpose(2, 0, 1))
-                labels.append(label)
+            with torch.random.fork_rng(devices=[]):
+                for task, index, view in step:
+                    image = self.lists[task].pixels(index)
+                    name = f"{self.seed}/{task}/{index}/{view}"
+                    torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
+                    pixels.append(self.kinds[task](image).permute(1, 2, 0))
+                    labels.append(self.lists[task].labels[index])
         except UserError as error:
             return str(error)
-        # numpy arrays travel through a pipe, tensors would need shared memory (Docker has 64 MB)
-        return np.stack(pixels), labels, [task for task, _, _ in self.steps[step]]
-
-
-def _first(items):
-    return items[0]
-
-
-def _loaded(jobs, lists, workers):
-    """The items of `jobs` in order, by worker processes where there are many files to read."""
-    if workers is None:
-        many = sum(map(len, lists)) > 400 and any(x.read is read_image for x in lists)
-        workers = min(8, os.cpu_count() or 1) if many else 0
-    workers = min(workers, len(jobs))
-    loader = torch.utils.data.DataLoader(jobs, batch_size=1, num_workers=workers, collate_fn=_first)
-    try:
-        for item in loader:
-            if isinstance(item, str):
-                raise UserError(item)
-            yield item
-    except (RuntimeError, OSError) as error:
-        if workers and (isinstance(error, OSError) or "worker" in str(error)):
-            raise UserError(f"the processes that read images died ({brief(error)}): give "
-                            "--workers 0") from error
-        raise
+        return torch.stack(pixels).numpy(), labels, [task for task, _, _ in step]   # [B, H, W, 3]
 
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -26,6 +26,7 @@ class Listing:
     notes: list = field(default_factory=list)       # what is not as published or asked for
     remarks: list = field(default_factory=list)     # how it was taken, where that is a choice
     numbers: list = None        # the classes' numbers in the draw; None: 0, 1, 2, ...
+    published: bool = True      # False: a folder of the user's own
 
     def draw_of(self, label):
         """What the images of a class are drawn by, beside the seed."""

@@ -1,5 +1,6 @@
 """Tasks: found, split into training and test images, with a part held out."""
 import math
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from pathlib import Path
 
 from . import benchmarks
 from .errors import UserError, warn_once
-from .images import Images, shown
-from .listing import file_of
+from .images import Images
+from .seen import reject_both_sides
 
 BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
 
@@ -30,8 +31,9 @@ class Task:
     train: Images
     test: Images
     val: Images = None          # None where the dataset has no validation part of its own
-    metric: str | Callable = "accuracy"     # "mean per class", "ROC AUC", "11-point mAP"
+    metric: str | Callable = "accuracy"     # "mean per class", "11-point mAP"
     augment: bool = True        # False: training images are only resized
+    unused: Images = None       # training images that a split leaves, where there is a test set
 
 
 def load_tasks(data, split=None, shots=None, seed=1, root="data"):
@@ -56,7 +58,8 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
         raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
     listings = find_listings(data, root)
     tasks = [divide(listing, split, shots, seed) for listing in listings]
-    warn_of_few(listings, shots)
+    if shots != built_in_shots(data):       # their own classes are as small as they are
+        warn_of_few(listings, shots)
     for listing in listings:
         for note in listing.remarks + listing.notes:
             warn_once(note)
@@ -66,29 +69,36 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
 
 def find_listings(data, root="data", download=False):
     """All images of every task in `data`, before they are split, as a list of Listing."""
-    names = benchmarks.names_of(data)
+    names, root = benchmarks.names_of(data), Path(os.path.expanduser(root))
     if download:
-        benchmarks.download(names, Path(root).expanduser())
+        benchmarks.download(names, root)
     listings = []
     for name in names:
-        listings += benchmarks.find(name, Path(root).expanduser())
+        found = benchmarks.find(name, root)
+        for listing in found:
+            listing.published = name.split(":")[0] in benchmarks.BENCHMARKS
+        listings += found
     seen = set()
     for listing in listings:
         if listing.name in seen:
             raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them "
                             "apart, as in name=path")
+        if listing.name.lower() == "average":
+            raise UserError(f"a task of --data {data} is called '{listing.name}', and so is the "
+                            "last row of every table: rename its folder, or give name=path")
         seen.add(listing.name)
-        check_names(listing)
+        note_doubles(listing)
     return listings
 
 
-def check_names(listing):
-    """Reject two labels with one class name: one of them could never be right."""
+def note_doubles(listing):
+    """A remark on labels with one class name, such as ImageNet's two of "missile": in a published
+    list of names they are kept. Two folders of one name are not accepted in the first place."""
     twice = [name for name, n in Counter(listing.class_names).items() if n > 1]
     if twice:
-        raise UserError(
-            f"two classes of {listing.name} are called '{twice[0]}': join them or rename one"
-        )
+        listing.remarks.append(
+            f"{listing.name} has two classes called {' and two called '.join(twice[:5])}, as "
+            "published: the second of two can never win")
 
 
 def divide(listing, split, shots, seed):
@@ -106,7 +116,7 @@ def divide(listing, split, shots, seed):
         name = f"class '{listing.class_names[label]}' of {listing.name}"
         if not listing.test and len(items) < 2:
             raise UserError(f"{name} has {len(items)} image, and one is needed to train and one to "
-                            "test on: add images or take the class away")
+                            "test on: add images or remove the class")
         if not listing.test and take == len(items):
             raise UserError(f"{name} has {len(items)} images, and training on all of them leaves "
                             "none to test on: give --shots or a smaller --split")
@@ -114,12 +124,14 @@ def divide(listing, split, shots, seed):
         test += [(items[i], label) for i in sorted(order[take:])]
         taken.append(take)
     listing.taken = taken
+    unused = None
     if listing.test:
+        unused = as_images(test, listing)
         test = [(item, label) for label, items in enumerate(listing.test) for item in items]
     val = validation(listing, shots, seed)
     return Task(listing.name, listing.class_names, listing.template, as_images(train, listing),
                 as_images(test, listing), as_images(val, listing) if val else None, listing.metric,
-                listing.augment)
+                listing.augment, unused)
 
 
 def warn_of_few(listings, shots):
@@ -150,31 +162,6 @@ def validation(listing, shots, seed):
             chosen = sorted(chosen[:min(shots, 4)])
         pairs += [(items[i], label) for i in chosen]
     return pairs
-
-
-def reject_both_sides(tasks):
-    """Raise UserError where one task is trained on and tested on one image, links resolved. Where
-    it is a training image of another task, one line on stderr."""
-    trained, tested = {}, []
-    for task in tasks:
-        seen = {}
-        sides = dict(training=task.train, test=task.test, validation=task.val)
-        for side, images in sides.items():
-            for item in images.items if images else ():
-                if not isinstance(item, (str, Path, tuple)):
-                    break
-                image = item if isinstance(item, tuple) else file_of(item)
-                if seen.setdefault(image, side) != side:
-                    raise UserError(f"{shown(item)} of {task.name} is both a {seen[image]} and a "
-                                    f"{side} image: take it out of one")
-                if side == "training":
-                    trained.setdefault(image, task.name)
-                elif side == "test":
-                    tested.append((image, task.name))
-    shared = [(name, trained[image]) for image, name in tested if trained.get(image, name) != name]
-    if shared:
-        warn_once(f"{len(shared):,} test images are training images of another task, such as one "
-                  f"of {shared[0][0]} in {shared[0][1]}: prompts that tasks share have seen them")
 
 
 def hold_out(images, seed, fraction=0.2):

@@ -14,8 +14,8 @@ encoder; of an evaluation, forward. The best of --repeats, in processor time on 
 processes do not change the ratio. Text-only methods are given image features, as the fixed views of
 `--views` give them. On a CPU the memory is the peak of a process of its own.
 """
-
 import argparse
+import copy
 import json
 import re
 import subprocess
@@ -23,18 +23,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from conftest import VIT_B16, random_clip  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+from conftest import METHODS, VIT_B16, Phases, random_clip  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
 
-METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
-ALONE = ["cocoop", "proda"]  # of coop_mt.py, trained on one task
-FROZEN = {"coop_mt", "hipro", *ALONE}  # the image encoder is not trained through
+ALONE = ["cocoop", "proda"]                     # of coop_mt.py, trained on one task
+FROZEN = {"coop_mt", "hipro", *ALONE}           # the image encoder is not trained through
 ONE_PHASE = dict(
     cocoop=dict(conditional=True, single_task=True),
     proda=dict(proda=2, single_task=True),
@@ -43,21 +44,19 @@ ONE_PHASE = dict(
     mvlpt=dict(source="none", group_size="all"),
     jscpt=dict(upper_every=10**6),
 )
-NAMES = Path(__file__).resolve().parent.parent / "data" / "class_names" / "officehome.txt"
+NAMES = ROOT / "data" / "class_names" / "officehome.txt"
 
 
 def tasks_of(model, n_tasks, n_classes, batch):
     """Tasks of the same classes, whose images are in memory."""
-    names = [
-        line.split("\t")[-1] for line in NAMES.read_text(encoding="utf-8").splitlines() if line
-    ]
+    lines = NAMES.read_text(encoding="utf-8").splitlines()
+    names = [line.split("\t")[-1] for line in lines if line]
     names = [f"{names[i % 65]}{f' {i // 65}' * (i >= 65)}" for i in range(n_classes)]
     size = model.visual.input_resolution
 
     def picture(number):
-        pixels = torch.randint(
-            256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
-        )
+        draw = torch.Generator().manual_seed(number)
+        pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=draw)
         return Image.fromarray(pixels.numpy())
 
     tasks = []
@@ -69,14 +68,11 @@ def tasks_of(model, n_tasks, n_classes, batch):
     return tasks
 
 
-class Phase:
-    """Stands in for a run: one epoch of every phase, and nothing is written."""
-
-    def seed_phase(self, phase):
-        common.seed_everything(phase)
+class OneEpoch(Phases):
+    """Stands in for a run: one epoch of every phase, and nothing is kept."""
 
     def epochs(self, phase, n, **parts):
-        yield 0
+        return super().epochs(phase, 1, **parts)
 
     def log(self, **values):
         pass
@@ -96,16 +92,15 @@ class Bench:
     def __init__(self, words, name, n_tasks, n_classes):
         common.seed_everything(1)
         self.words, self.name = words, name
-        self.model = (
-            random_clip(**VIT_B16) if words.clip == "ViT-B/16" else common.load_clip("tiny")[0]
-        )
-        self.model = self.model.to(words.device)
-        self.method = common.load_method("coop_mt" if name in ALONE else name)
+        if words.clip == "ViT-B/16":
+            self.model = random_clip(**VIT_B16).to(words.device)
+        else:
+            self.model = common.load_clip("tiny", words.device)[0]
+        self.method = common.method_of("coop_mt" if name in ALONE else name)
         batch = 16 if words.device.startswith("cuda") else 4
         self.tasks = tasks_of(self.model, n_tasks, n_classes, batch)
-        self.args = replace(
-            self.method.Args(**ONE_PHASE.get(name, {})), device=words.device, views=0, workers=0
-        )
+        args = self.method.Args(**ONE_PHASE.get(name, {}))
+        self.args = replace(args, device=words.device, views=0, workers=0)
         size, D = self.model.visual.input_resolution, self.model.text_projection.shape[1]
         B = n_tasks * batch
         self.task = torch.arange(n_tasks, device=words.device).repeat_interleave(batch)
@@ -125,16 +120,15 @@ class Bench:
                 if between:
                     between()
 
-        kept, common.batches = common.batches, batches
-        try:
-            return self.method.train(self.args, self.model, self.tasks, Phase()), seconds
-        finally:
-            common.batches = kept
+        with mock.patch.object(common, "batches", batches):
+            prompts = self.method.train(self.args, self.model, self.tasks, OneEpoch())
+        return prompts, seconds
 
     def evaluate(self, prompts):
-        """Score all tasks; pixels are in memory, features are not."""
-        common._plain.clear()
-        return self.method.score(self.args, self.model, self.tasks, prompts)
+        """Score all tasks; pixels are in memory, the features of a new copy of the model not."""
+        model = copy.copy(self.model)
+        how = self.method.classify(self.args, model, self.tasks, prompts)
+        return common.evaluate(self.args, model, self.tasks, **how)
 
     def passes(self, function):
         """The encoders' work in function(): (kind, rows, tokens, whether gradients go back)."""
@@ -154,11 +148,8 @@ class Bench:
                 seen.append(("image", len(images), n, trained(prompts)))
             return image(model, images, prompts, sets)
 
-        common.encode_text, common.encode_image = spy_text, spy_image
-        try:
+        with mock.patch.multiple(common, encode_text=spy_text, encode_image=spy_image):
             function()
-        finally:
-            common.encode_text, common.encode_image = text, image
         return seen
 
 
@@ -219,9 +210,8 @@ def row_of(words, name, n_tasks, n_classes):
 
     def peak(rows):
         """The megabytes of a process of its own: of a step, or of the floor's rows."""
-        done = subprocess.run(
-            [*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run([*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True,
+                              check=True)
         return float(done.stdout.split()[-1])
 
     if words.step_only:
@@ -263,9 +253,8 @@ def row_of(words, name, n_tasks, n_classes):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS + ALONE, nargs="+",
                         default=METHODS + ALONE)
     parser.add_argument("--clip", choices=["tiny", "ViT-B/16"], default="ViT-B/16")
@@ -277,27 +266,20 @@ def main():
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.peak:  # a process of its own for the memory: of a step, or of the floor's rows
-        bench, seen = (
-            Bench(words, words.method[0], words.tasks[0], words.classes[0]),
-            json.loads(words.peak),
-        )
+        bench = Bench(words, words.method[0], words.tasks[0], words.classes[0])
+        seen = json.loads(words.peak)
         work = floor_of(bench.model, seen) if seen else lambda: bench.train(1)
         print(megabytes(words.device, work))
         return
     print(f"{words.clip}, random weights, {words.device}, {torch.get_num_threads()} threads\n")
-    print(
-        f"{'':10}{'tasks':>6}{'classes':>9}{'ms a step':>12}{'ratio':>8}{'images/s':>12}"
-        f"{'ratio':>8}{'MB a step':>12}{'ratio':>8}"
-    )
+    print(f"{'':10}{'tasks':>6}{'classes':>9}{'ms a step':>12}{'ratio':>8}{'images/s':>12}"
+          f"{'ratio':>8}{'MB a step':>12}{'ratio':>8}")
     for name in words.method:
         for n_tasks in [1] if name in ALONE else words.tasks:
             for n_classes in words.classes:
                 row = row_of(words, name, n_tasks, n_classes)
-                print(
-                    f"{name:10}{n_tasks:6}{n_classes:9}"
-                    + "{:12.0f}{:8.2f}{:12.1f}{:8.2f}{:12.0f}{:8.2f}".format(*row),
-                    flush=True,
-                )
+                numbers = "{:12.0f}{:8.2f}{:12.1f}{:8.2f}{:12.0f}{:8.2f}".format(*row)
+                print(f"{name:10}{n_tasks:6}{n_classes:9}{numbers}", flush=True)
 
 
 if __name__ == "__main__":

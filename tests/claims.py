@@ -6,7 +6,7 @@
 The tasks are cut from the built-in benchmark: its four styles, the classes with the most drawings,
 6 training images per class unless said otherwise; scores are on all test drawings of these classes.
 Prints, for every quantity, its mean over the seeds and the standard error. What was found is in
-data/README.md.
+tests/RESULTS.md.
 
 mmap, hipro: two families of tasks whose gradients conflict. Family A is the four styles, family B
     the same drawings under class names that are shifted by one. The groups found must be the
@@ -35,7 +35,9 @@ from typing import Literal
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import Phases  # noqa: E402
+
 import common  # noqa: E402
 from data import Images, load_tasks  # noqa: E402
 
@@ -121,39 +123,37 @@ def patched(task):
 
 # ---------------------------------------------------------------------------------------- training
 
-class Training:
-    """Stands in for a run folder: keeps the means of what each epoch logs."""
+class Training(Phases):
+    """Stands in for a run: `rows` has the means of what each epoch logged."""
 
     def __init__(self, seed):
-        self.seed, self.rows, self.values = seed, [], {}
-
-    def seed_phase(self, phase):
-        common.seed_everything(self.seed, phase)
+        super().__init__(seed)
+        self.rows = []
 
     def epochs(self, phase, n, **parts):
-        for epoch in range(n):
-            common.seed_everything(self.seed, phase, epoch)
-            self.values = {}
+        for epoch in super().epochs(phase, n, **parts):
+            before = len(self.logged)
             yield epoch
-            self.rows.append({name: torch.stack(values).double().mean(dim=0)
-                              for name, values in self.values.items()})
+            values = {}
+            for step in self.logged[before:]:
+                for name, value in step.items():
+                    values.setdefault(name, []).append(torch.as_tensor(value))
+            self.rows.append({name: torch.stack(x).double().mean(0) for name, x in values.items()})
 
-    def log(self, **values):
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(torch.as_tensor(value).detach())
 
-
-def settings(name, seed, **changes):
+def settings(method, seed, **changes):
     """A method's settings at `tiny`."""
-    method = common.load_method(name)
-    usual = dict(method.TINY, clip="tiny", shots=6, seeds=(seed,), device="cpu", workers=0)
-    return replace(method.Args(), **dict(usual, **changes))
+    args = method.Args(clip="tiny", shots=6, seeds=(seed,), device="cpu", workers=0)
+    return replace(args, **dict(method.defaults(args), **changes))
 
 
 def trained(name, seed, model, tasks, **changes):
-    """(scores, rows of epochs) of a method on tasks."""
-    method, run, args = common.load_method(name), Training(seed), settings(name, seed, **changes)
-    return method.score(args, model, tasks, method.train(args, model, tasks, run)), run.rows
+    """(scores and the method's own results, rows of epochs) of a method on tasks."""
+    method, run = common.method_of(name), Training(seed)
+    args = settings(method, seed, **changes)
+    prompts = method.train(args, model, tasks, run)
+    scores = common.evaluate(args, model, tasks, **method.classify(args, model, tasks, prompts))
+    return dict(scores, **method.report(args, tasks, prompts)), run.rows
 
 
 def mean(scores, which=slice(None)):
@@ -193,7 +193,7 @@ def hipro(seed, model):
 def mvlpt(seed, model):
     """Spearman's rank correlation of what two tasks share with transferability."""
     method, (tasks, shared) = common.load_method("mvlpt"), sharing(seed)
-    args, run = settings("mvlpt", seed, epochs=20, source="none"), Training(seed)
+    args, run = settings(method.METHOD, seed, epochs=20, source="none"), Training(seed)
     prompts = method.build(args, model, tasks)
     tasks = method.with_held_out(tasks, seed)
     rows = []
@@ -225,7 +225,7 @@ def jscpt_noise(seed, model):
     off = dict(prompt_schedule=False, task_schedule=False)
     method, own = common.load_method("jscpt"), dict(epochs=15, upper_every=3, dev_shots=4)
     tasks = styles(seed, 8, shots=12)
-    tasks = method.set_aside(settings("jscpt", seed, **own), tasks, seed)
+    tasks = method.set_aside(settings(method.METHOD, seed, **own), tasks, seed)
     noisy = [shuffled(tasks[0], seed), *tasks[1:]]
     scores, _ = trained("jscpt", seed, model, noisy, **own)
     plain, _ = trained("jscpt", seed, model, noisy, **own, **off)
@@ -318,7 +318,7 @@ def main():
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        common.write_whole(out / f"{args.claim}.json", json.dumps(found, indent=1))
+        common.write_json(out / f"{args.claim}.json", found)
         plot(out)
 
 

@@ -1,13 +1,19 @@
-"""Shared fixtures: the folder on the import path, small random CLIPs, image trees, and no network
-for any test."""
-
+"""Shared by the tests: the folder on the import path, small random CLIPs, images, commands as a
+user types them, and no network for any test."""
+import contextlib
+import hashlib
+import io
 import json
 import os
+import pickle
 import random
+import re
+import runpy
+import shlex
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,51 +21,22 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from clip.model import CLIP  # noqa: E402
-
 import common  # noqa: E402
 
-TINY = dict(
-    embed_dim=32,
-    image_resolution=32,
-    vision_layers=3,
-    vision_width=64,
-    vision_patch_size=8,
-    context_length=77,
-    vocab_size=49408,
-    transformer_width=64,
-    transformer_heads=1,
-    transformer_layers=3,
-)
-VIT_B16 = dict(
-    embed_dim=512,
-    image_resolution=224,
-    vision_layers=12,
-    vision_width=768,
-    vision_patch_size=16,
-    context_length=77,
-    vocab_size=49408,
-    transformer_width=512,
-    transformer_heads=8,
-    transformer_layers=12,
-)
-RN50 = dict(
-    embed_dim=1024,
-    image_resolution=224,
-    vision_layers=(3, 4, 6, 3),
-    vision_width=64,
-    vision_patch_size=None,
-    context_length=77,
-    vocab_size=49408,
-    transformer_width=512,
-    transformer_heads=8,
-    transformer_layers=12,
-)
+METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
+TEXT = dict(context_length=77, vocab_size=49408)
+TINY = dict(TEXT, embed_dim=32, image_resolution=32, vision_layers=3, vision_width=64,
+            vision_patch_size=8, transformer_width=64, transformer_heads=1, transformer_layers=3)
+FULL = dict(TEXT, image_resolution=224, transformer_width=512, transformer_heads=8,
+            transformer_layers=12)
+VIT_B16 = dict(FULL, embed_dim=512, vision_layers=12, vision_width=768, vision_patch_size=16)
+RN50 = dict(FULL, embed_dim=1024, vision_layers=(3, 4, 6, 3), vision_width=64,
+            vision_patch_size=None)
 
 
 def random_clip(**shape):
     torch.manual_seed(0)
-    return CLIP(**shape).float().eval().requires_grad_(False)
+    return common.clip.model.CLIP(**shape).float().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -82,16 +59,24 @@ def tiny():
     return common.load_clip("tiny", "cpu")
 
 
-NO_NETWORK = """
-import socket
-connect = socket.socket.connect
-def refuse(self, *args):
-    if self.family in (socket.AF_INET, socket.AF_INET6):
-        raise AssertionError("a test tried to use the network")
-    return connect(self, *args)
-socket.socket.connect = refuse
-"""
-exec(NO_NETWORK)  # every test fails that opens a connection; worker processes use local ones
+@pytest.fixture(scope="session")
+def random_pt(tmp_path_factory, small):
+    """The file of `small`, for --clip."""
+    path = tmp_path_factory.mktemp("clip") / "random.pt"
+    torch.save(small.state_dict(), path)
+    return path
+
+
+# -------------------------------------------------------------------------------- images and tasks
+
+def noise(number, size=32):
+    return Image.frombytes("RGB", (size, size), random.Random(number).randbytes(3 * size * size))
+
+
+def coloured(number, label, size=32):
+    """Noise in a colour of the class: something to learn."""
+    colour = Image.new("RGB", (size, size), ["red", "green", "blue"][label])
+    return Image.blend(noise(number, size), colour, 0.6)
 
 
 def make_tree(root, layout, size=24):
@@ -108,95 +93,157 @@ def make_tree(root, layout, size=24):
 @pytest.fixture
 def tree(tmp_path):
     """Your own data in miniature: 2 domains, 3 classes, 5 images each."""
-    return make_tree(
-        tmp_path / "shapes",
-        {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")},
-    )
+    folders = [f"{d}/{c}" for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")]
+    return make_tree(tmp_path / "shapes", dict.fromkeys(folders, 5))
 
 
-def run_script(script, *words, cwd=ROOT, timeout=280, **kwargs):
-    """A method file as a process, as a user would start it."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(
-            NO_NETWORK
-        )  # Python runs this in the process first
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, words)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=folder),
-            **kwargs,
-        )
+def table(text):
+    """{first cell: the others} of lines whose cells stand two blanks or more apart."""
+    cells = [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
+    return {name: rest for name, *rest in cells}
 
 
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """A method file as a command without a process of its own: (script, words) -> (exit code, what
-    it printed, its stderr)."""
-
-    def call(script, *words):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-        monkeypatch.setattr(common.Run, "latest", None)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            own = script == "common.py"
-            common.script(common.commands if own else
-                          common.load_method(script.removesuffix(".py")).main)
-            sys.exit(0)
-        return stop.value.code, *capsys.readouterr()
-
-    return call
+def says(text, *words):
+    """A text that has all these words."""
+    assert [str(word) for word in words if str(word) not in text] == [], text
 
 
-def numbers(folder):
-    """result.json without the clock."""
-    result = json.loads((folder / "result.json").read_text())
-    result.pop("seconds")
-    return result
+def counts(images):
+    """How many images each class has, in the order of the labels."""
+    return [images.classes.count(k) for k in range(max(images.classes) + 1)]
 
 
-class Phases:
-    """Stands in for the run folder where a test calls `train` itself: nothing is written.
-
-    steps: after how many calls of `log` in a phase the phase ends (None: all its epochs).
-    """
-
-    def __init__(self, n_epochs=None):
-        self.n_epochs, self.logged, self.parts = n_epochs, [], {}
-
-    def seed_phase(self, phase):
-        common.seed_everything("test", phase)
-
-    def epochs(self, phase, n, **parts):
-        self.parts[phase] = parts
-        for epoch in range(n if self.n_epochs is None else min(n, self.n_epochs)):
-            common.seed_everything("test", phase, epoch)
-            yield epoch
-
-    def log(self, **values):
-        self.logged.append(values)
+def edit(path, change):
+    """Change what a JSON file holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
-def noise(number, size=32):
-    return Image.frombytes("RGB", (size, size), random.Random(number).randbytes(3 * size * size))
+def make_cifar(root, patch, kind, meta, **parts):
+    """An archive of torchvision's CIFAR10 or CIFAR100 from the contents of its parts train and test
+    and of its file of names, which are known by their hashes."""
+    def write(name, content):
+        path = root / kind.base_folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(content))
+        return hashlib.md5(path.read_bytes()).hexdigest()
+
+    for part, content in parts.items():
+        patch.setattr(kind, f"{part}_list", [[part, write(part, content)]])
+    patch.setattr(kind, "meta", dict(kind.meta, md5=write(kind.meta["filename"], meta)))
 
 
 def small_tasks(*names):
-    """Tasks of 3 classes, with 6 training and 6 test images: noise in a colour of the class."""
-
+    """Tasks of 3 classes, with 6 training and 6 test images."""
     def read(number):
-        colour = Image.new("RGB", (32, 32), ["red", "green", "blue"][number % 10 % 3])
-        return Image.blend(noise(number), colour, 0.6)
+        return coloured(number, number % 10 % 3)
 
     def images(first):
         return common.Images(range(first, first + 6), [0, 1, 2, 0, 1, 2], read)
 
-    return [
-        common.Task(name, ["cup", "hat", "red ball"], "a {}", images(10 * i), images(100 + 10 * i))
-        for i, name in enumerate(names)
-    ]
+    return [common.Task(name, ["cup", "hat", "red ball"], "a {}", images(10 * i),
+                        images(100 + 10 * i)) for i, name in enumerate(names)]
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+OFFLINE = ROOT / "tests" / "offline"
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))       # every test fails that opens a connection
+
+
+def words_of(*words):
+    """The words of a command, which is one string, or of its words as they are."""
+    return shlex.split(words[0]) if len(words) == 1 else list(map(str, words))
+
+
+def run(*words):
+    """A command in this process, as a user types it: (exit code, what it printed, its stderr)."""
+    argv, out, err = words_of(*words), io.StringIO(), io.StringIO()
+    name = argv[0].removesuffix(".py")
+    common.Run.latest, code = None, 0
+    with (mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        try:
+            common.script(common.commands if name == "common" else common.method_of(name))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def here():
+    return run
+
+
+def process_of(*words):
+    """A command as a process without network and GPU, for `subprocess`."""
+    script, *rest = words_of(*words)
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(OFFLINE))
+    return dict(args=[sys.executable, str(ROOT / script), *rest], env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run_script(*words, cwd=ROOT, timeout=280, **how):
+    """A command as a process that has ended."""
+    return subprocess.run(**process_of(*words), cwd=cwd, timeout=timeout, **how)
+
+
+class Killed(BaseException):
+    """A process has been killed."""
+
+
+@contextlib.contextmanager
+def killed(before, nth=1):
+    """Kill what runs inside when it is about to write a file of this name for the nth time."""
+    replace, names = os.replace, []
+
+    def stop(part, path):
+        names.append(Path(path).name)
+        if names.count(before) == nth:
+            raise Killed
+        replace(part, path)
+
+    with mock.patch("os.replace", stop), pytest.raises(Killed):
+        yield
+
+
+def numbers(folder):
+    """result.json without the clock, and without how and where the run was started."""
+    result = json.loads((folder / "result.json").read_text())
+    result.pop("seconds")
+    for key in ("out", "resume", "root"):
+        result["settings"].pop(key)
+    return result
+
+
+class Phases:
+    """Stands in for a run where a test calls `train` itself: nothing is written.
+
+    logged: what `log` was given in each step; steps: the same by phase; parts: those of each phase.
+    """
+
+    def __init__(self, seed="test"):
+        self.seed, self.logged, self.steps, self.parts = seed, [], {}, {}
+
+    def seed_phase(self, phase):
+        common.seed_everything(self.seed, phase)
+
+    def epochs(self, phase, n, **parts):
+        self.parts[phase], self.steps[phase], self.phase = parts, [], phase
+        for epoch in range(n):
+            common.seed_everything(self.seed, phase, epoch)
+            yield epoch
+
+    def once(self, phase, function, **parts):
+        for _ in self.epochs(phase, 1, **parts):
+            function()
+
+    def log(self, **values):
+        values = {name: value.detach() if torch.is_tensor(value) else value
+                  for name, value in values.items()}
+        self.logged.append(values)
+        self.steps[self.phase].append(values)
 
 
 def pytest_configure(config):

@@ -6,582 +6,328 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-import warnings
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, make_tree, random_clip, run_script
-from PIL import Image
+from conftest import ROOT, TINY, make_tree, noise, random_clip, run_script
 
 import common
 
-coop = common.load_method("coop_mt")
+COOP, MMAP = (common.load_method(name).METHOD for name in ("coop_mt", "mmap"))
 CLASSES = ("Red_Ball", "cup", "hat")
-SILENT = (
-    DeprecationWarning,
-    PendingDeprecationWarning,
-    ImportWarning,
-    ResourceWarning,
-)  # what Python does not show
+SHAPES = {f"{domain}/{name}": 5 for domain in ("drawn", "painted") for name in CLASSES}
+RESNET = dict(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None,
+              image_resolution=64, embed_dim=64)
+# Python does not show the others
+pytestmark = pytest.mark.filterwarnings(
+    "error", "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning",
+    "ignore::ImportWarning", "ignore::ResourceWarning")
+
+# the words of the smallest training
+SMALL = "--data shapes --clip random.pt --shots 2 --epochs 1 --n-ctx 2 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder in which the words of the table are said, with all that they speak of."""
+    place, few = tmp_path_factory.mktemp("place"), dict.fromkeys(SHAPES, 2)
+    torch.save(random_clip(**TINY).state_dict(), place / "random.pt")
+    torch.save(random_clip(**RESNET).state_dict(), place / "resnet.pt")
+    (place / "notes.txt").write_text("a list")
+    (place / "empty").mkdir()
+    for tree, layout in {
+        "shapes": SHAPES,
+        "deep/er/shapes": few,
+        "gap": few,
+        "hole": dict(few, **{"painted/cup": 0}),
+        "lone": dict(few, **{"painted/Red_Ball": 1}),
+        "sock": dict(few, **{"drawn/sock": 2}),
+        "one class": {"drawn/cup": 2, "painted/cup": 2},
+        "72 words": {f"drawn/{' '.join('ab' * 36)}": 2, "drawn/cup": 2},
+        "90 words": {f"drawn/{' '.join('ab' * 45)}": 2, "drawn/cup": 2},
+        "spoilt": few,
+        "partly": {"Art/Bed": 2, "Clipart/Bed": 2},
+        "inside/office_home": {"Art/Bed": 2},
+    }.items():
+        make_tree(place / tree, layout)
+    (place / "gap" / "traced").mkdir()
+    (place / "hole" / "painted" / "cup" / "notes.txt").write_text("a list")
+    for image in (place / "spoilt" / "painted" / "cup").iterdir():
+        image.write_bytes(image.read_bytes()[:-300])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for method, more in ((COOP, "run"), (COOP, "alone --single-task"), (MMAP, "grouped")):
+            common.main(method, f"{SMALL} --out {more}".split())
+        patch.setattr(common.Run, "interrupted", True)          # Ctrl-C in the first of two epochs
+        with pytest.raises(KeyboardInterrupt):
+            common.main(COOP, f"{SMALL} --epochs 2 --out stopped".split())
+    return place
 
 
 @pytest.fixture
-def method(tmp_path, tmp_path_factory, monkeypatch, here):
-    """A method file as a command in `tmp_path`, without a process: words -> (exit code, stderr,
-    stdout)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+def refused(here, tmp_path_factory, monkeypatch):
+    """Say words in a folder and see them rejected by one line with all of `says`, its parts in
+    order, and nothing changed."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
 
-    def call(*words, script="coop_mt"):
-        with warnings.catch_warnings(record=True) as told:
-            code, out, err = here(f"{script}.py", *words)
-        return (
-            code,
-            "".join(f"{w.message}\n" for w in told if not issubclass(w.category, SILENT)) + err,
-            out,
-        )
+    def call(folder, script, words, says):
+        monkeypatch.chdir(folder)
+        before = contents(folder)
+        code, out, err = here(f"{script}.py", *shlex.split(words))
+        is_refusal(script, code, out, err, says)
+        assert contents(folder) == before
 
     return call
 
 
-@pytest.fixture
-def refused(method, tmp_path):
-    """Call a method file and see it refuse with one line that says all of `says`, and change
-    nothing. Returns the line."""
-
-    def call(*words, says, script="coop_mt"):
-        before = contents(tmp_path)
-        code, err, out = method(*words, script=script)
-        check_line(code, err, out, says, script)
-        assert contents(tmp_path) == before
-        return err
-
-    return call
-
-
-def check_line(code, err, out, says, script="coop_mt"):
-    assert code == 2 and not out
-    if "For full helptext" in err:  # tyro refuses a flag or its value in a box of its own
-        assert "Traceback" not in err and f"{script}.py --help" in err
-        words = " ".join(err.translate(str.maketrans("", "", "│╭╮╰╯─")).split())
-        assert [word for word in map(str, says) if word not in words] == [], err
-        return
-    assert (
-        err.startswith(f"{script}.py: ")
-        and err.endswith("\n")
-        and err[:-1].isprintable()
-        and "Traceback" not in err
-    ), err
-    assert [word for word in map(str, says) if word not in err] == [], err
+def is_refusal(script, code, out, err, says):
+    """One line, or tyro's box where it rejects a flag or its value, and exit code 2."""
+    out = re.sub("^.* tasks, .* -> .*\n", "", out)         # a run that had begun
+    assert code == 2 and not out and "Traceback" not in err, err
+    if "For full helptext" in err:
+        assert f"{script}.py" in err
+        err = " ".join(err.translate(str.maketrans("", "", "│╭╮╰╯─")).split())
+    else:
+        assert err.startswith(f"{script}.py: ") and err.endswith("\n") and err[:-1].isprintable()
+    assert re.search(".*".join(map(re.escape, says.split(" ... "))), err), err
 
 
 def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """What is in a folder; of a backbone its size."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("*")}
+    return {path: path.read_bytes() if path.is_file() and size < 10**6 else size
+            for path, size in sizes.items()}
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """A random CLIP as a file for --clip."""
-    path = tmp_path_factory.mktemp("backbone") / "random.pt"
-    torch.save(random_clip(**TINY).state_dict(), path)
-    return path
+# script, words, what the line says
+DATA = [
+    ("coop_mt", "--data officehom --split 0.1", "--data officehom ... did you mean 'officehome'?"),
+    ("coop_mt", "--data emojy", "--data emojy ... did you mean 'emoji'?"),
+    ("coop_mt", "--data PACS", "--data PACS ... did you mean 'pacs'?"),
+    ("coop_mt", "--data zzz --split 0.1", "--data zzz ... emoji, emoji24, officehome, pacs"),
+    ("coop_mt", "--data officehome --split 0.1", "there is no folder ... data ... --root"),
+    ("coop_mt", "--data officehome --split 0.1 --root no", "there is no folder ... no ... --root"),
+    ("coop_mt", "--data things=no --split 0.1", "there is no folder ... no ... --data"),
+    *[("coop_mt", f"--data officehome --split 0.1 --root {root}",
+       "Art, Clipart, Product, Real World ... OfficeHomeDataset_10072016 ... --root")
+      for root in ("empty", "partly", "inside")],
+    *[("coop_mt", f"{words} --split 0.1", "notes.txt is a file ... folder") for words in
+      ("--data notes.txt", "--data things=notes.txt", "--data officehome --root notes.txt")],
+    ("coop_mt", "--data deep/er --split 0.4", "too high ... try ... er/shapes"),
+    ("coop_mt", "--data deep --split 0.4", "too high ... try"),
+    ("coop_mt", "--data shapes/drawn --split 0.4", "domain/class/*.jpg ... one level up ... name="),
+    ("coop_mt", "--data shapes/drawn/cup --split 0.4", "domain/class/*.jpg ... two levels up"),
+    ("coop_mt", "--data x=shapes --split 0.4", "too high ... class/*.jpg"),
+    ("coop_mt", "--data x=shapes/drawn/cup --split 0.4", "one level up ... class/*.jpg"),
+    ("coop_mt", "--data hole --split 0.4", "painted/cup holds no images ... add some or take it"),
+    ("coop_mt", "--data gap --split 0.4", "gap/traced holds no images"),
+    ("coop_mt", "--data empty --split 0.4", "empty holds no images ... domain/class/*.jpg"),
+    ("coop_mt", "--data sock --split 0.5", "class 'sock' ... drawn ... not in painted ... name="),
+    ("coop_mt", "--data shapes --split 1", "drawn ... none to test on ... smaller --split"),
+    ("coop_mt", "--data shapes --split 0.95", "drawn ... none to test on ... smaller --split"),
+    ("coop_mt", "--data lone --shots 1", "'red ball' of painted has 1 image ... add images"),
+    *[("coop_mt", f"--data {data} --split 0.4", f"two tasks are called '{name}' ... name=path")
+      for data, name in (("shapes,shapes", "drawn"), ("a=shapes/drawn,a=shapes/painted", "a"),
+                         ("drawn=shapes/drawn,shapes", "drawn"), ("emoji,emoji", "Noto"))],
+    ("coop_mt", "--data shapes", "shapes needs --split, such as --split 0.1 ... --shots 4"),
+    ("coop_mt", f"{SMALL} --data spoilt --shots 1", "painted/cup/ ... cannot be decoded"),
+    ("coop_mt", f"{SMALL} --shots 1 --data '90 words'", "a b a b ... 77 text positions: give the"),
+    # these fit behind two context vectors, and not behind zero-shot CLIP's "a photo of a"
+    ("coop_mt", f"{SMALL} --shots 1 --data '72 words'", "'a photo of a a b ... give the class a"),
+    ("coop_mt", f"{SMALL} --data 'one class' --shots 1 --validate", "--validate finds no image of"),
+    ("common", "probe --data 'one class' --shots 1", "drawn has fewer than 2 classes"),
+    ("common", "check --data x=no", "there is no folder ... no"),
+    ("common", "check", "--data"),
+]
+NUMBERS = [
+    *[("coop_mt", f"--split={split}", f"--split {float(split)} ... above 0 and up to 1")
+      for split in ("0", "-0.1", "1.5", "nan", "inf")],
+    ("coop_mt", "--split 0.1 --shots 4", "--split and --shots ... give one of them"),
+    ("coop_mt", "--shots 0", "--shots 0 ... give 1 or more"),
+    *[("coop_mt", f"{flag}={n}", f"{flag} must be at least 1, not {n}")
+      for flag in ("--epochs", "--batch-size", "--n-ctx") for n in (0, -3)],
+    ("coop_mt", "--views=-1", "--views must be at least 0, not -1"),
+    ("coop_mt", "--workers=-1", "--workers must be at least 0, not -1"),
+    *[("coop_mt", f"--lr={rate}", f"--lr must be above 0, not {float(rate)}")
+      for rate in ("0", "-0.1", "nan", "inf")],
+    *[("coop_mt", f"--min-crop={part}", f"must be above 0 and at most 1, not {float(part)}")
+      for part in ("0", "-1", "1.5", "nan", "inf")],
+    *[("coop_mt", f"--seeds {seeds}", f"--seeds takes different whole numbers ... not {seeds}")
+      for seeds in ("1 1", "3 1 3", "-1", "1 -2", "4294967296")],
+    *[("coop_mt", f"{flag} '{word}'", f"{flag} ... '{word}' ... --help") for flag, word in
+      (("--epochs", "many"), ("--seeds", "2.5"), ("--shots", ""), ("--lr", "fast"))],
+    # [SOS] red ball . [EOS] takes 5 of the 77
+    *[("coop_mt", f"{SMALL} --n-ctx {n}", f"{n} context vectors and 'red ball' ... at most 72")
+      for n in (77, 500)],
+    ("maple_mt", f"{SMALL} --n-ctx 74", "74 context vectors ... 77 text positions"),
+    ("hipro", f"{SMALL} --n-ctx 75", "75 context vectors ... 77 text positions"),
+    ("mmap", f"{SMALL} --n-ctx 40", "80 context vectors ... 77 text positions"),
+    ("jscpt", f"{SMALL} --n-ctx 40", "80 context vectors ... 77 text positions"),
+]
+FLAGS = [
+    ("coop_mt", "--precision fp8", "'fp8' for argument '--precision'. Expected ... 'bf16'"),
+    ("coop_mt", "--surgery scalpel", "'--surgery'. Expected ... 'pcgrad', 'imtl', 'cagrad'"),
+    ("mmap", "--grouping colour", "'--grouping'. Expected ... 'gradient', 'random', 'all'"),
+    ("hipro", "--grouping forest", "'--grouping'. Expected ... 'tree', 'shared+individual'"),
+    ("common", "finetune --train biases", "'--train'. Expected one of ('all', 'bias', 'adapter')"),
+    *[("coop_mt", words, f"Unrecognized options: {words.split()[0]}") for words in
+      ("--epoch 3", "emoji", "--checkpoint")],
+    ("common", "finetune --n-ctx 4", "Unrecognized options: --n-ctx"),
+    ("common", "probe --epochs 4", "Unrecognized options: --epochs"),
+    ("common", "zero-shot --lr 1", "Unrecognized options: --lr"),
+    ("coop_mt", "--data", "--data"),
+    ("coop_mt", "--clip ViT-B/61", "unknown backbone 'ViT-B/61' (did you mean 'ViT-B/16'?)"),
+    ("coop_mt", "--clip RN5", "unknown backbone 'RN5' (did you mean 'RN50'?)"),
+    ("coop_mt", "--clip Tiny", "'Tiny' (did you mean 'tiny'?) ... ViT-L/14 ... path of a file"),
+    ("coop_mt", "--clip lost.pt", "unknown backbone 'lost.pt' ... path of a file"),
+    ("coop_mt", "--clip empty", "unknown backbone 'empty'"),
+    ("common", "zero-shot --clip ViT", "unknown backbone 'ViT'"),
+    *[("coop_mt", f"--device '{device}'", f"--device {device} ... use --device cpu")
+      for device in ("warp", "meta", "cuda:99")],
+    *[(script, f"--data shapes --shots 2 --clip {clip}", f"{clip} has a ResNet ... ViT-B/16")
+      for script in ("vpt_mt", "maple_mt", "mmap", "jscpt") for clip in ("RN50", "resnet.pt")],
+    *[("coop_mt", f"{SMALL} {flag} {'x' * 300}", "x" * 300)
+      for flag in ("--data", "--clip", "--eval", "--out")],
+    ("coop_mt", f"--data officehome --split 0.1 --root {'x' * 300}", "x" * 300),
+    ("common", "", "usage: python common.py check|zero-shot"),
+    ("common", "tabel", "unknown command 'tabel' (did you mean 'table'?)"),
+]
+METHODS = [
+    ("coop_mt", "--surgery imtl --single-task", "--surgery ... --single-task ... leave one"),
+    ("coop_mt", "--conditional", "--conditional ... add --single-task"),
+    ("coop_mt", "--proda 4", "--proda ... add --single-task"),
+    ("coop_mt", "--proda 1 --single-task", "--proda must be at least 2, not 1"),
+    ("coop_mt", "--conditional --proda 2 --single-task", "leave one of them out"),
+    ("coop_mt", "--conditional --single-task --views 2", "leave out --views"),
+    ("coop_mt", "--conditional --single-task --surgery imtl", "leave one of them out"),
+    ("maple_mt", "--depth 0", "--depth must be at least 1, not 0"),
+    ("maple_mt", f"{SMALL} --depth 4", "--depth 4 does not fit the 3 layers ... give 1 to 3"),
+    ("mmap", "--groups 0", "--groups must be at least 1, not 0"),
+    ("mmap", f"{SMALL} --groups 3", "--groups 3 is more than the 2 tasks"),
+    ("mmap", "--groups 3 --grouping all", "--groups 3 is not for --grouping all"),
+    ("mmap", "--no-specific --grouping none", "leaves no prompts: leave one of them out"),
+    *[("mmap", f"{SMALL} --source-shape 3 7 {more}", "--source-shape: ... 3 x 7 does not divide")
+      for more in ("", "--no-specific", "--prompt joint")],
+    ("mmap", "--source-shape 4 32 --prompt joint --grouping all", "--source-shape has no effect"),
+    ("hipro", f"{SMALL} --grouping tag-groups --groups 3", "--groups 3 is more than the 2 tasks"),
+    ("hipro", "--grouping tag-groups --groups 0", "--groups must be at least 1, not 0"),
+    ("hipro", "--groups 3", "--groups 3 is for --grouping tag-groups"),
+    ("jscpt", "--upper-every 0", "--upper-every must be at least 1, not 0"),
+    ("jscpt", "--terms=-1", "--terms must be at least 0, not -1"),
+    ("jscpt", "--upper-lr 0", "--upper-lr must be above 0, not 0.0"),
+    ("jscpt", "--upper-lr nan", "--upper-lr must be above 0, not nan"),
+    ("jscpt", "--scale=-1", "--scale must be above 0, not -1.0"),
+    ("jscpt", "--dev-shots 0", "--dev-shots must be at least 1, not 0"),
+    ("jscpt", "--cagrad --no-task-schedule", "--cagrad ... leave out --no-task-schedule"),
+    ("common", "finetune --ratio 0.5", "--ratio are for --train adapter"),
+    ("common", "finetune --train bias --adapters shared", "--adapters ... are for --train adapter"),
+    ("common", "finetune --train adapter --ratio 0", "--ratio must be above 0 and at most 1"),
+    ("common", "finetune --schedule constant", "--schedule is for --train bias and adapter"),
+    ("common", "finetune --train adapter --adapters shared --single-task", "leave one of them out"),
+]
+RUNS = [
+    ("coop_mt", "--resume", "--resume needs --out"),
+    ("coop_mt", "--resume --out run --eval run/prompts.pt", "give one of them"),
+    *[("coop_mt", f"--resume --out {out}", f"no run in ... {out} ... leave out --resume")
+      for out in ("no", "empty", "notes.txt", "notes.txt/run")],
+    *[("coop_mt", f"--resume --out stopped {words}", f"stopped was started with ... not "
+       f"with {words} ... leave the flag out ... another --out") for words in
+      ("--epochs 9", "--lr 0.5", "--seeds 2", "--seeds 1 2", "--clip tiny", "--n-ctx 3",
+       "--shots 4", "--views 1", "--data emoji")],
+    ("coop_mt", "--resume --out stopped --split 0.2", "without --split, not with --split 0.2"),
+    ("coop_mt", "--resume --out stopped --single-task", "without --single-task, not with --sing"),
+    ("coop_mt", "--resume --out stopped --epochs 0", "--epochs must be at least 1, not 0"),
+    ("mmap", "--resume --out stopped", "stopped is one of coop_mt: use coop_mt.py"),
+    ("mmap", "--resume --out grouped --no-specific", "with --specific, not with --no-specific"),
+    ("coop_mt", f"{SMALL} --out run", "--out ... run holds another run ... --resume to go on"),
+    ("coop_mt", f"{SMALL} --out stopped", "stopped holds another run ... choose another folder"),
+    ("common", "zero-shot --out run", "run holds another run"),
+    *[("coop_mt", f"{SMALL} --out {out}", f"{out} cannot be written ... notes.txt is a file")
+      for out in ("notes.txt", "notes.txt/run", "notes.txt/deeper/run")],
+    ("common", "zero-shot --out notes.txt/run", "notes.txt is a file or read-only"),
+    ("coop_mt", "--eval no.pt", "no.pt ... No such file"),
+    ("coop_mt", "--eval stopped/checkpoint.pt", "checkpoint.pt cannot be used"),
+    ("coop_mt", "--eval run/prompts.pt --clip ViT-B/16", "not with --clip ViT-B/16: leave the"),
+    ("coop_mt", "--eval run/prompts.pt --clip tiny", "random.pt, not with --clip tiny: leave the"),
+    ("coop_mt", "--eval run/prompts.pt --seeds 1 5", "prompts of the seeds 1, not of 5"),
+    ("coop_mt", "--eval run/prompts.pt --n-ctx 3", "with --n-ctx 2, not with --n-ctx 3"),
+    ("coop_mt", "--eval run/prompts.pt --single-task", "without --single-task, not with --single"),
+    *[(script, "--eval run/prompts.pt", "holds prompts of coop_mt ... use coop_mt.py --eval")
+      for script in ("vpt_mt", "maple_mt", "mmap", "hipro", "jscpt")],
+    ("common", "finetune --eval run/prompts.pt", "holds prompts of coop_mt, not of finetune"),
+    # other test images than those of the training
+    ("coop_mt", "--eval run/prompts.pt --split 0.2", "(seed 1) were trained on ... test images"),
+    ("coop_mt", "--eval run/prompts.pt --shots 1", "(seed 1) were trained on ... test images"),
+    ("coop_mt", "--eval run/prompts.pt --data a=shapes/drawn", "trained on ... test images of a"),
+    # tied to their tasks
+    *[(script, f"--eval {run}/prompts.pt --data {data}", "of other tasks ... or in another order")
+      for script, run in (("mmap", "grouped"), ("coop_mt", "alone")) for data in
+      ("drawn=shapes/drawn", "painted=shapes/painted,drawn=shapes/drawn")],
+    ("common", "predict run/prompts.pt shapes/drawn/cup/000.png", "2 tasks ... --task: drawn, p"),
+    ("common", "predict run/prompts.pt x.png --task paint", "no task 'paint' (did you mean 'paint"),
+    ("common", "predict run/prompts.pt x.png --task drawn", "there is no image ... x.png"),
+    ("common", "predict run/prompts.pt notes.txt --task drawn", "notes.txt cannot be decoded"),
+    ("common", "predict no.pt notes.txt", "no.pt ... No such file"),
+    ("common", "table no", "there is no folder ... no: give the folder of a run"),
+    ("common", "table empty", "no finished run on test images in empty"),
+    ("common", "table stopped", "no finished run on test images in stopped"),
+    ("common", "table run --plot", "--plot needs --out"),
+    ("common", "table run --baseline mmap", "'mmap' is not a column: give one of zero-shot, coop"),
+    ("common", "table run --out notes.txt", "notes.txt is a file or read-only"),
+]
+MVLPT = [("mvlpt", f"{SMALL} --prompt coop {words}", says) for words, says in (
+    ("--group-size 3", "--group-size 3 is more than the 2 tasks"),
+    ("--group-size 0", "--group-size must be at least 1"),
+    ("--group-size many", "--group-size"),
+    ("--grouping worst", "--grouping worst chooses partners, and --group-size 1 of 2 tasks"),
+    ("--group-size all --transfer x.json", "x.json chooses partners, and --group-size all"),
+    ("--group-size best --transfer x.json", "leaves no choice: leave it out"),
+    ("--adapt-epochs=-1", "--adapt-epochs must be at least 0"),
+    ("--adapt-epochs 0 --source none", "--adapt-epochs 0 leaves only the source prompt"),
+    ("--adapt-epochs 0 --group-size 2", "--adapt-epochs 0 leaves only the source prompt"),
+    *[(f"--transferability {more}", "--transferability trains a prompt per task alone")
+      for more in ("--group-size 2", "--source emoji", "--init x.pt", "--grouping worst")],
+    ("--source emoji --init x.pt", "--init gives the source prompt that --source would train"),
+    ("--source emojy", "did you mean 'emoji'"),
+    ("--heads 2", "--heads, --layers and --width are of --prompt upt, not coop"),
+    ("--prompt upt --heads 3", "--width 128 is not a multiple of --heads 3"),
+    ("--prompt upt --layers 0", "--layers must be at least 1"),
+    ("--prompt tpu", "--prompt"),
+    ("--n-ctx 75", "75 context vectors"),
+    *[(f"--prompt {kind} --clip RN50", "RN50 has a ResNet ... ViT-B/16") for kind in ("vpt", "upt")]
+)]
+TABLE = DATA + NUMBERS + FLAGS + METHODS + RUNS
+if hasattr(common.load_method("mvlpt"), "METHOD"):
+    TABLE += MVLPT
 
 
-@pytest.fixture
-def small_run(backbone):
-    """The words of the smallest training."""
-    return [
-        "--clip",
-        backbone,
-        "--split",
-        0.4,
-        "--epochs",
-        1,
-        "--views",
-        1,
-        "--n-ctx",
-        2,
-        "--device",
-        "cpu",
-    ]
+@pytest.mark.parametrize("script, words, says", TABLE, ids=[row[1][-60:] for row in TABLE])
+def test_a_mistake_is_one_line_and_changes_nothing(script, words, says, place, refused):
+    refused(place, script, words, says)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, backbone):
-    """The folder of a finished run of seed 1."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = make_tree(
-        folder / "shapes", {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in CLASSES}
-    )
-    words = [
-        "--data",
-        data,
-        "--split",
-        0.4,
-        "--clip",
-        backbone,
-        "--epochs",
-        1,
-        "--views",
-        1,
-        "--n-ctx",
-        2,
-        "--device",
-        "cpu",
-    ]
-    coop.main([*map(str, words), "--out", str(folder / "run")])
-    return folder / "run"
-
-
-@pytest.fixture
-def finished(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture
-def stopped(finished):
-    """A run that was stopped before its end."""
-    (finished / "result.json").unlink()
-    return finished
-
-
-# --------------------------------------------------------------------------------------------------
-# -------------- data
-
-
-@pytest.mark.parametrize(
-    "word, meant", [("officehom", "officehome"), ("emojy", "emoji"), ("PACS", "pacs")]
-)
-@pytest.mark.parametrize("more", [["--split", 0.1], []], ids=["with a split", "without"])
-def test_a_misspelt_dataset_suggests_the_nearest(refused, word, meant, more):
-    refused("--data", word, *more, says=[f"--data {word} ", f"did you mean '{meant}'?"])
-
-
-def test_a_dataset_like_no_other_is_answered_with_the_list(refused):
-    refused(
-        "--data", "zzz", "--split", 0.1, says=["--data zzz ", "emoji, emoji24, officehome, pacs"]
-    )
-
-
-def test_a_mistake_is_one_line_in_a_real_process_too(tmp_path):
-    done = run_script("coop_mt.py", "--data", "officehom", "--split", 0.1, cwd=tmp_path)
-    check_line(
-        done.returncode,
-        done.stderr,
-        done.stdout,
-        ["--data officehom ", "did you mean 'officehome'?"],
-    )
+@pytest.mark.parametrize("script, words, says", [
+    ("mmap", "--grouping colour", "'--grouping'. Expected one of"),
+    ("common", "finetune --ratio 0.5 --out run", "--ratio are for --train adapter")])
+def test_a_mistake_is_one_line_in_a_process_of_its_own(script, words, says, tmp_path):
+    done = run_script(f"{script}.py", *words.split(), cwd=tmp_path)
+    is_refusal(script, done.returncode, done.stdout, done.stderr, says)
     assert not contents(tmp_path)
 
 
-def test_a_root_that_does_not_exist_is_named(refused, tmp_path):
-    refused(
-        "--data",
-        "officehome",
-        "--split",
-        0.1,
-        "--root",
-        tmp_path / "nowhere",
-        says=["there is no folder", tmp_path / "nowhere"],
-    )
-
-
-def test_a_missing_folder_points_to_its_flag(refused):
-    refused(
-        "--data", "things=nowhere", "--split", 0.1, says=["there is no folder", "nowhere", "--data"]
-    )
-    refused("--data", "officehome", "--split", 0.1, says=["there is no folder", "data", "--root"])
-
-
-@pytest.mark.parametrize(
-    "there",
-    [[], ["Art/Bed", "Clipart/Bed"], ["office_home/Art/Bed"]],
-    ids=["empty", "two domains", "one domain"],
-)
-def test_an_incomplete_root_says_what_belongs_where(refused, tmp_path, there):
-    root = tmp_path / "sets"
-    root.mkdir()
-    make_tree(root, {folder: 2 for folder in there})
-    refused(
-        "--data",
-        "officehome",
-        "--split",
-        0.1,
-        "--root",
-        root,
-        says=[
-            "Office-Home",
-            root / "OfficeHomeDataset_10072016",
-            "Art, Clipart, Product, Real World",
-            "--root",
-        ],
-    )
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["--data", "FILE"], ["--data", "things=FILE"], ["--data", "officehome", "--root", "FILE"]],
-    ids=" ".join,
-)
-def test_a_file_where_a_folder_belongs_is_named(refused, tmp_path, words):
-    (tmp_path / "notes.txt").write_text("a list")
-    words = [word.replace("FILE", str(tmp_path / "notes.txt")) for word in words]
-    refused(*words, "--split", 0.1, says=[tmp_path / "notes.txt", "is a file", "folder"])
-
-
-@pytest.mark.parametrize(
-    "start, says",
-    [
-        ("..", ["too high", "try", "SHAPES"]),
-        ("../..", ["too high", "try"]),
-        ("drawn", ["domain/class/*.jpg", "one level up", "name="]),
-        ("drawn/cup", ["domain/class/*.jpg", "two levels up"]),
-    ],
-    ids=["one too high", "two too high", "one too low", "in the images"],
-)
-def test_a_folder_at_the_wrong_level_says_where_to_go(refused, tmp_path, start, says):
-    shapes = make_tree(
-        tmp_path / "a" / "b" / "shapes",
-        {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in CLASSES},
-    )
-    data = (shapes / start).resolve()
-    refused(
-        "--data",
-        data,
-        "--split",
-        0.4,
-        says=[data, *(word.replace("SHAPES", str(shapes)) for word in says)],
-    )
-
-
-@pytest.mark.parametrize(
-    "start, says",
-    [("", ["too high", "class/*.jpg"]), ("drawn/cup", ["one level up", "class/*.jpg"])],
-    ids=["too high", "too low"],
-)
-def test_a_single_task_at_the_wrong_level_says_so(refused, tree, start, says):
-    refused("--data", f"things={tree / start}", "--split", 0.4, says=[tree / start, *says])
-
-
-@pytest.mark.parametrize(
-    "others", [[], ["notes.txt", ".hidden.png"]], ids=["nothing in it", "no images in it"]
-)
-def test_an_empty_class_folder_is_named(refused, tree, others):
-    shutil.rmtree(tree / "painted" / "cup")
-    (tree / "painted" / "cup").mkdir()
-    for name in others:
-        (tree / "painted" / "cup" / name).write_text("a list")
-    refused(
-        "--data",
-        tree,
-        "--split",
-        0.4,
-        says=[tree / "painted" / "cup", "holds no images", "add some or take it away"],
-    )
-
-
-def test_an_empty_domain_folder_and_an_empty_tree_are_named(refused, tree, tmp_path):
-    (tree / "traced").mkdir()
-    refused("--data", tree, "--split", 0.4, says=[tree / "traced", "holds no images"])
-    (tmp_path / "void").mkdir()
-    refused(
-        "--data",
-        tmp_path / "void",
-        "--split",
-        0.4,
-        says=[tmp_path / "void", "holds no images", "domain/class/*.jpg"],
-    )
-
-
-def test_a_class_in_one_domain_only_is_named_with_both_domains(refused, tree):
-    make_tree(tree, {"drawn/sock": 5})
-    refused(
-        "--data",
-        tree,
-        "--split",
-        0.4,
-        says=[tree, "class 'sock'", "drawn", "not in painted", "name=path"],
-    )
-
-
-@pytest.mark.parametrize("split", [1, 0.95])
-def test_a_split_without_test_images_is_refused(refused, tree, split):
-    refused("--data", tree, "--split", split, says=["drawn", "none to test on", "smaller --split"])
-
-
-def test_shots_from_a_class_with_one_image_name_the_class(refused, tree):
-    for image in sorted((tree / "painted" / "Red_Ball").iterdir())[1:]:
-        image.unlink()
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        1,
-        says=["'red ball'", "painted", "1 image", "add images"],
-    )
-
-
-@pytest.mark.parametrize(
-    "data", ["TREE,TREE", "a=TREE/drawn,a=TREE/painted", "drawn=TREE/drawn,TREE", "emoji,emoji"]
-)
-def test_two_tasks_of_the_same_name_are_refused(refused, tree, data):
-    data = data.replace("TREE", str(tree))
-    refused(
-        "--data", data, "--split", 0.4, says=["two tasks are called", f"--data {data}", "name=path"]
-    )
-
-
-def test_a_folder_of_ones_own_needs_a_split_or_shots(refused, tree):
-    refused("--data", tree, says=[f"--data {tree}", "--split 0.1", "--shots 4"])
-
-
-def picture(ending="PNG"):
-    buffer = io.BytesIO()
-    Image.effect_noise((24, 24), 60).convert("RGB").save(buffer, ending)
-    return buffer.getvalue()
-
-
-SPOILT = {
-    "text": b"not a picture",
-    "empty": b"",
-    "a truncated PNG": picture()[:-300],
-    "a truncated JPEG": picture("JPEG")[:200],
-    "a PNG header": picture()[:20],
-    "a truncated TIFF": picture("TIFF")[:-40],
-}
-
-
-@pytest.mark.parametrize("kind", SPOILT)
-def test_an_undecodable_training_image_is_found_before_anything_is_written(
-    refused, tree, tmp_path, small_run, kind
-):
-    path = common.load_tasks(str(tree), split=0.4)[1].train.items[3]
-    path.write_bytes(SPOILT[kind])
-    refused(
-        "--data",
-        tree,
-        *small_run,
-        "--out",
-        tmp_path / "run",
-        says=[path, "cannot be decoded", "replace it or take it away"],
-    )
-
-
-@pytest.mark.parametrize("again", ["--eval", "--resume"])
-def test_an_undecodable_test_image_is_named_and_the_prompts_are_kept(
-    method, tree, tmp_path, small_run, again
-):
-    path, out = common.load_tasks(str(tree), split=0.4)[1].test.items[3], tmp_path / "run"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-30])
-    code, err, printed = method("--data", tree, *small_run, "--out", out)
-    check_line(code, err, printed, [path, "cannot be decoded", "replace it or take it away"])
-    assert (out / "prompts.pt").exists() and not (out / "result.json").exists()
-
-    path.write_bytes(whole)
-    code, err, printed = method(
-        *(["--eval", out / "prompts.pt"] if again == "--eval" else ["--resume", "--out", out])
-    )
-    assert code == 0 and not err and "painted" in printed and "average" in printed
-
-
-def test_a_class_name_too_long_for_clip_is_named_before_anything_is_written(
-    refused, tree, small_run, tmp_path
-):
-    """72 words fit behind two context vectors, and not behind the template of the zero-shot row."""
-    for words in (72, 90):
-        name = " ".join("ab"[i % 2] for i in range(words))
-        data = make_tree(
-            tmp_path / f"{words} words",
-            {f"{d}/{c}": 5 for d in ("drawn", "painted") for c in ("cup", name)},
-        )
-        line = refused("--data", data, *small_run, "--out", tmp_path / "run", says=[name, "77"])
-        assert "at most -" not in line and "at most 0" not in line
-
-
-# --------------------------------------------------------------------------------------------------
-# ----------- numbers
-
-
-@pytest.mark.parametrize("split", ["0", "-0.1", "1.5", "nan", "inf"])
-def test_a_split_that_is_no_fraction_is_refused(refused, split):
-    refused("--split", split, says=["--split", float(split), "above 0 and up to 1"])
-
-
-def test_split_and_shots_together_are_refused(refused):
-    refused("--split", 0.1, "--shots", 4, says=["--split and --shots", "give one of them"])
-
-
-@pytest.mark.parametrize("shots", [0, -1])
-def test_shots_start_at_one(refused, shots):
-    refused("--shots", shots, says=[f"--shots {shots}", "give 1 or more"])
-
-
-@pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--n-ctx"])
-@pytest.mark.parametrize("number", [0, -3])
-def test_counts_start_at_one(refused, flag, number):
-    refused(flag, number, says=[f"{flag} {number}", "give 1 or more"])
-
-
-def test_views_start_at_zero(refused):
-    refused("--views", -1, says=["--views -1", "give 0 or more"])
-
-
-@pytest.mark.parametrize("rate", ["0", "-0.1", "nan", "inf"])
-def test_a_learning_rate_is_finite_and_above_zero(refused, rate):
-    refused("--lr", rate, says=[f"--lr {float(rate)}", "above 0"])
-
-
-@pytest.mark.parametrize("seeds", [["1", "1"], ["3", "1", "3"], ["-1"], ["1", "-2"]], ids=" ".join)
-def test_seeds_are_natural_numbers_each_once(refused, seeds):
-    refused("--seeds", *seeds, says=[f"--seeds {' '.join(seeds)}", "from 0 up, each once"])
-
-
-@pytest.mark.parametrize(
-    "flag", ["--epochs", "--batch-size", "--n-ctx", "--views", "--seeds", "--shots"]
-)
-@pytest.mark.parametrize("word", ["many", "nan", "inf", "2.5", ""])
-def test_counts_are_whole_numbers(refused, flag, word):
-    refused(flag, word, says=[flag, f"'{word}'", "--help"])
-
-
-@pytest.mark.parametrize("flag", ["--lr", "--split"])
-@pytest.mark.parametrize("word", ["fast", "0,1", ""])
-def test_rates_are_numbers(refused, flag, word):
-    refused(flag, word, says=[flag, f"'{word}'", "--help"])
-
-
-@pytest.mark.parametrize("n_ctx", [77, 500])
-def test_more_context_vectors_than_text_positions_are_refused_with_the_most_that_fit(
-    refused, tree, small_run, n_ctx
-):
-    """[SOS] red ball . [EOS] takes 5 of the 77."""
-    refused(
-        "--data",
-        tree,
-        *small_run,
-        "--n-ctx",
-        n_ctx,
-        says=[f"{n_ctx} context vectors", "red ball", "77", "at most 72"],
-    )
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["--precision fp8", "--batches both", "--schedule linear", "--surgery scalpel"],
-)
-def test_a_choice_that_there_is_not_is_answered_with_the_list(refused, words):
-    flag, choice = words.split()
-    field = coop.Args.__dataclass_fields__[flag.removeprefix("--")]
-    refused(flag, choice, says=[flag, choice, *re.findall(r"'(\w+)'", str(field.type))])
-
-
-@pytest.mark.parametrize(
-    "words", ["--amp", "--compile", "--max-mem 4", "--predict a.png", "--task drawn"]
-)
-def test_a_flag_that_was_dropped_is_unknown(refused, words):
-    refused(*words.split(), says=["Unrecognized options", words.split()[0]])
-
-
-def test_a_number_of_workers_starts_at_zero(refused):
-    refused("--workers", -1, says=["--workers -1", "give 0 or more"])
-
-
-@pytest.mark.parametrize("part", ["0", "-1", "1.5", "nan", "inf"])
-def test_a_view_shows_a_part_of_an_image(refused, part):
-    refused("--min-crop", part, says=["--min-crop", float(part), "above 0 and up to 1"])
-
-
-@pytest.mark.parametrize(
-    "words", [["--epoch", "3"], ["--nctx", "4"], ["emoji"], ["--seeds"], ["--data"]], ids=" ".join
-)
-def test_words_that_mean_nothing_point_to_the_help(refused, words):
-    refused(*words, says=[words[0]])
-
-
-# ----------------------------------------------------------------------------------------------
-# backbones and devices
-
-
-@pytest.mark.parametrize(
-    "word, meant", [("ViT-B/61", "ViT-B/16"), ("RN5", "RN50"), ("Tiny", "tiny")]
-)
-def test_an_unknown_backbone_suggests_the_nearest(refused, word, meant):
-    refused(
-        "--clip",
-        word,
-        says=[
-            f"unknown backbone '{word}'",
-            f"did you mean '{meant}'?",
-            "ViT-L/14",
-            "path of a file",
-        ],
-    )
-
-
-def test_a_backbone_file_that_is_not_there_is_an_unknown_backbone(refused, tmp_path):
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "lost.pt", tmp_path / "folder"):
-        refused("--clip", path, says=[f"unknown backbone '{path}'", "path of a file"])
-
-
-def test_weights_that_cannot_be_downloaded_say_where_to_put_them(
-    refused, tree, tmp_path, tmp_path_factory, monkeypatch
-):
-    def unreachable(url, *args, **kwargs):
-        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
-
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    refused(
-        "--data",
-        tree,
-        "--split",
-        0.4,
-        "--clip",
-        "ViT-B/16",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "run",
-        says=["ViT-B/16", "Name or service not known", "https://", "ViT-B-16.pt", "~/.cache/clip"],
-    )
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "warp",
-        "meta",
-        "cuda:99",
-        "",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused(refused, device):
-    refused("--device", device, says=[f"--device {device}", "use --device cpu"])
-
-
-# -------------------------------------------------------------------------------------------------
-# files to be loaded
+# -------------------------------------------------------------------------------- damaged files
 
 
 class Trap:
     """An object that makes a file when it is unpickled."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, ("trap", "w")
 
 
 def torch_file(content):
@@ -590,746 +336,229 @@ def torch_file(content):
     return buffer.getvalue()
 
 
-FOREIGN = {
-    "truncated": lambda good, trap: good[: len(good) // 2],
-    "cut by a byte": lambda good, trap: good[:-1],
-    "empty": lambda good, trap: b"",
-    "text": lambda good, trap: b"dear diary\n" * 50,
-    "a picture": lambda good, trap: picture(),
-    "a pickle": lambda good, trap: pickle.dumps({"a": 1}),
-    "a list": lambda good, trap: torch_file([1, 2]),
-    "a dict": lambda good, trap: torch_file({"weights": torch.zeros(3)}),
-    "a malicious pickle": lambda good, trap: pickle.dumps(Trap(trap)),
-    "a malicious archive": lambda good, trap: torch_file(
-        dict(method="coop_mt", settings={}, prompts={}, more=Trap(trap))
-    ),
+KINDS = {
+    "truncated": lambda good: good[:len(good) // 2],
+    "cut by a byte": lambda good: good[:-3],
+    "empty": lambda good: b"",
+    "a picture": lambda good: picture(),
+    "another dict": lambda good: torch_file({"weights": torch.zeros(3)}),
+    "a malicious pickle": lambda good: pickle.dumps(Trap()),
+    "a malicious archive": lambda good: torch_file(dict(method="coop_mt", prompts=Trap())),
 }
 
 
-def spoil(kind, path, good, trap):
-    path.write_bytes(FOREIGN[kind](good, trap))
+def picture():
+    buffer = io.BytesIO()
+    noise(1).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def test_the_trap_of_the_next_tests_works(tmp_path):
-    spoil("a malicious pickle", tmp_path / "bad.pt", b"", tmp_path / "trap")
-    pickle.loads((tmp_path / "bad.pt").read_bytes()).close()
+@pytest.mark.parametrize("kind, load", [
+    ("a malicious pickle", pickle.load),
+    ("a malicious archive", lambda file: torch.load(file, weights_only=False))])
+def test_the_trap_of_the_next_tests_works(kind, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load(io.BytesIO(KINDS[kind](b"")))
     assert (tmp_path / "trap").exists()
-    (tmp_path / "trap").unlink()
-    spoil("a malicious archive", tmp_path / "bad.pt", b"", tmp_path / "trap")
-    torch.load(tmp_path / "bad.pt", weights_only=False)["more"].close()
-    assert (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_backbone_file_that_is_no_clip_is_refused_and_runs_no_code(
-    refused, tree, backbone, small_run, tmp_path, kind
-):
-    path, trap = tmp_path / "backbone.pt", tmp_path / "trap"
-    spoil(kind, path, backbone.read_bytes(), trap)
-    line = refused(
-        "--data",
-        tree,
-        *small_run,
-        "--clip",
-        path,
-        "--out",
-        tmp_path / "run",
-        says=[path, "not a CLIP checkpoint", "give a TorchScript archive"],
-    )
-    assert not trap.exists() and "still be loaded" not in line
+READ_BY = pytest.mark.parametrize("file, script, words", [
+    ("stopped/settings.json", "coop_mt", "--resume --out stopped"),
+    ("stopped/checkpoint.pt", "coop_mt", "--resume --out stopped"),
+    ("stopped/finished.pt", "coop_mt", "--resume --out stopped"),
+    ("run/prompts.pt", "coop_mt", "--eval run/prompts.pt"),
+    ("run/prompts.pt", "common", "predict run/prompts.pt x.png --task drawn"),
+    ("run/result.json", "coop_mt", "--resume --out run"),
+    ("run/result.json", "common", "table run")])
+UNUSABLE = "cannot be used, it is damaged or of another kind"
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_prompts_that_are_none_are_refused_and_run_no_code(refused, finished, tmp_path, kind):
-    path, trap = finished / "prompts.pt", tmp_path / "trap"
-    spoil(kind, path, path.read_bytes(), trap)
-    line = refused("--eval", path, says=[path, "is not a prompts.pt", "give"])
-    assert not trap.exists() and "still be loaded" not in line
+@pytest.fixture
+def runs(place, tmp_path):
+    """Copies of a finished and a stopped run, and an image, in tmp_path."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "stopped", tmp_path / "stopped")
+    noise(1).save(tmp_path / "x.png")
+    return tmp_path
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_checkpoint_that_is_none_is_refused_and_runs_no_code(refused, stopped, tmp_path, kind):
-    path, trap = stopped / "checkpoint.pt", tmp_path / "trap"
-    spoil(kind, path, path.read_bytes(), trap)
-    line = refused(
-        "--resume", "--out", stopped, says=[path, "is not a checkpoint", "another --out"]
-    )
-    assert not trap.exists() and "still be loaded" not in line
+@READ_BY
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_named_and_runs_no_code(file, script, words, kind, runs, refused):
+    (runs / file).write_bytes(KINDS[kind]((runs / file).read_bytes()))
+    refused(runs, script, words, f"{file.removesuffix('settings.json')} ... {UNUSABLE}")
 
 
-def test_prompts_that_are_not_there_are_named(refused, tmp_path):
-    refused(
-        "--eval", tmp_path / "prompts.pt", says=[tmp_path / "prompts.pt", "No such file", "give"]
-    )
+@READ_BY
+def test_a_file_with_values_of_another_shape_is_named(file, script, words, runs, here, monkeypatch):
+    """A saved prompt of another width, settings and results of other types."""
+    monkeypatch.chdir(runs)
+    path, wrong = runs / file, {"vectors": torch.zeros(1, 2, 5)}
+    if path.suffix == ".json":
+        saved = json.loads(path.read_text())
+        path.write_text(json.dumps(dict(saved, lr="fast", accuracy={})))
+    else:
+        saved = torch.load(path, weights_only=True)
+        changes = dict(prompts={1: wrong}, parts=dict(saved.get("parts", {}), prompts=wrong),
+                       phases={"train": dict(seconds=1.0, parts=dict(prompts=wrong))})
+        torch.save(dict(saved, **changes), path)
+    code, out, err = here(f"{script}.py", *words.split())
+    is_refusal(script, code, out, err, f"{file.removesuffix('/settings.json')} {UNUSABLE}")
 
 
-def test_the_checkpoint_instead_of_the_prompts_is_refused(refused, finished):
-    refused("--eval", finished / "checkpoint.pt", says=[finished / "checkpoint.pt", "prompts.pt"])
-
-
-def test_the_prompts_instead_of_the_checkpoint_are_refused(refused, stopped):
-    shutil.copy(stopped / "prompts.pt", stopped / "checkpoint.pt")
-    refused(
-        "--resume",
-        "--out",
-        stopped,
-        says=[stopped / "checkpoint.pt", "is not a checkpoint", "another --out"],
-    )
-
-
-def test_prompts_of_another_method_name_its_file(refused, finished):
-    path = finished / "prompts.pt"
-    torch.save(dict(torch.load(path), method="mmap"), path)
-    refused(
-        "--eval", path, says=[path, "prompts of mmap, not of coop_mt", f"mmap.py --eval {path}"]
-    )
-
-
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        (["--clip", "ViT-B/16"], ["--clip ViT-B/16", "leave the flag out"]),
-        (["--seeds", "1", "5"], ["seeds 1", "not of 5"]),
-        (["--n-ctx", "3"], ["--n-ctx", "leave"]),
-        (["--single-task"], ["--single-task", "leave"]),
-    ],
-    ids=["backbone", "seed", "prompt length", "variant"],
-)
-def test_prompts_are_not_scored_with_words_that_contradict_them(refused, finished, words, says):
-    refused("--eval", finished / "prompts.pt", *words, says=[finished / "prompts.pt", *says])
-
-
-# --------------------------------------------------------------------------------------------------
-# ---------- run folders
-
-
-def test_resume_needs_out(refused):
-    refused("--resume", says=["--resume needs --out"])
-
-
-@pytest.mark.parametrize("place", ["nowhere", "empty", "notes.txt", "notes.txt/run"])
-def test_resume_without_a_run_says_how_to_start_one(refused, tmp_path, place):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("a list")
-    refused(
-        "--resume",
-        "--out",
-        tmp_path / place,
-        says=[tmp_path / place, "no run to resume", "leave out --resume"],
-    )
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--epochs 9",
-        "--lr 0.5",
-        "--seeds 2",
-        "--seeds 1 2",
-        "--split 0.2",
-        "--data emoji",
-        "--clip tiny",
-        "--n-ctx 3",
-        "--shots 4",
-        "--views 0",
-        "--epochs 0",
-        "--single-task",
-    ],
-)
-def test_resume_refuses_words_that_contradict_the_run(refused, stopped, words):
-    flag = words.split()[0]
-    line = refused(
-        "--resume",
-        "--out",
-        stopped,
-        *words.split(),
-        says=[stopped, "started with", flag, "leave the flag out", "another --out"],
-    )
-    assert not {"None,", "False,"} & set(line.split())
-
-
-def test_resume_of_another_method_s_run_names_its_file(refused, stopped):
-    settings = json.loads((stopped / "settings.json").read_text())
-    (stopped / "settings.json").write_text(json.dumps(dict(settings, method="mmap")))
-    refused("--resume", "--out", stopped, says=[stopped, "mmap.py"])
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "{}"])
-def test_resume_with_spoilt_settings_names_the_file(refused, stopped, text):
-    (stopped / "settings.json").write_text(text)
-    refused("--resume", "--out", stopped, says=[stopped / "settings.json", "another --out"])
-
-
-DAMAGED = [
-    ("seeds", None),
-    ("seeds", 1),
-    ("seeds", ["one"]),
-    ("lr", "fast"),
-    ("split", []),
-    ("precision", "fp8"),
-    ("workers", {}),
-    ("single_task", 7),
-]
-
-
-@pytest.mark.parametrize("key, value", DAMAGED, ids=str)
-def test_a_saved_setting_that_no_flag_takes_is_named(refused, stopped, key, value):
-    path, prompts = stopped / "settings.json", stopped / "prompts.pt"
+@pytest.mark.parametrize("key, value", [("seeds", None), ("views", []), ("precision", "fp8")])
+def test_a_saved_setting_that_no_flag_takes_is_named(key, value, runs, refused):
+    path = runs / "stopped" / "settings.json"
     path.write_text(json.dumps(dict(json.loads(path.read_text()), **{key: value})))
-    refused("--resume", "--out", stopped, says=[stopped, "is damaged", key, "another --out"])
-    saved = torch.load(prompts, weights_only=True)
-    saved["settings"][key] = value
-    torch.save(saved, prompts)
-    refused("--eval", prompts, says=[prompts, "is damaged", key])
+    refused(runs, "coop_mt", "--resume --out stopped", f"stopped {UNUSABLE} ... {key}")
 
 
 @pytest.mark.parametrize("seen", [{}, {1: None}, {1: [1, 2]}], ids=str)
-def test_prompts_that_do_not_say_what_they_were_trained_on_are_refused(refused, finished, seen):
-    path = finished / "prompts.pt"
+def test_prompts_that_do_not_say_what_they_were_trained_on_are_not_scored(seen, runs, refused):
+    path = runs / "run" / "prompts.pt"
     torch.save(dict(torch.load(path, weights_only=True), trained_on=seen), path)
-    refused("--eval", path, says=[path, "is damaged", "seed 1"])
+    refused(runs, "coop_mt", "--eval run/prompts.pt", f"prompts.pt {UNUSABLE}")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"method": "coop_mt"}'])
-def test_a_spoilt_result_of_a_finished_run_is_named(refused, finished, text):
-    (finished / "result.json").write_text(text)
-    refused("--resume", "--out", finished, says=[finished / "result.json", "another --out"])
+@pytest.mark.parametrize("kind", [*KINDS, "another family"])
+def test_a_backbone_that_is_not_a_clip_is_named_and_runs_no_code(kind, place, tmp_path, refused):
+    good = torch.load(place / "random.pt", weights_only=True)
+    content = torch_file({f"encoder.{name}": value for name, value in good.items()})
+    if kind in KINDS:
+        content = KINDS[kind]((place / "random.pt").read_bytes())
+    (tmp_path / "backbone.pt").write_bytes(content)
+    refused(tmp_path, "coop_mt", f"{SMALL} --data {place}/shapes --clip backbone.pt",
+            "backbone.pt is not a CLIP checkpoint ... give a TorchScript archive")
 
 
-def test_of_two_runs_that_begin_in_one_folder_one_is_refused(
-    method, tree, tmp_path, small_run, monkeypatch
-):
+def test_no_file_that_a_prompts_pt_names_is_run(runs, refused):
+    path = runs / "run" / "prompts.pt"
+    (runs / "other.py").write_text("open('trap', 'w')")
+    for name in (str(runs / "other"), os.path.relpath(runs / "other", ROOT), "common"):
+        torch.save(dict(torch.load(path, weights_only=True), method=name), path)
+        says = f"prompts.pt {UNUSABLE}" if name == "common" else "there is no method file"
+        refused(runs, "common", "predict run/prompts.pt x.png --task drawn", says)
+        refused(runs, "coop_mt", "--eval run/prompts.pt", says)
+
+
+# --------------------------------------------------------------------- what a rejected run leaves
+
+
+@pytest.mark.parametrize("name", common.Run.FILES)
+def test_an_out_that_holds_any_file_of_a_run_is_left_as_it_is(name, place, tmp_path, refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("another's")
+    refused(tmp_path, "coop_mt", "--out run", f"run holds another run ({name}) ... --resume")
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_is_rejected(place, tmp_path, monkeypatch):
     """The other's settings come between the check and the first write."""
-    out, opened = tmp_path / "run", common.Run.open
+    monkeypatch.chdir(place)
+    out = tmp_path / "run"
 
-    def late(run, found):
-        out.mkdir()
-        (out / "settings.json").write_text("another's")
-        opened(run, found)
+    def late(args, tasks):
+        if tasks:
+            out.mkdir()
+            (out / "settings.json").write_text("another's")
 
-    monkeypatch.setattr(common.Run, "open", late)
-    code, err, printed = method("--data", tree, *small_run, "--out", out)
-    check_line(code, err, printed, [f"--out {out}", "another run", "another folder"])
+    with pytest.raises(common.UserError, match="another run, which has just begun: choose another"):
+        common.main(replace(COOP, check=late), f"{SMALL} --out {out}".split())
     assert contents(out) == {out / "settings.json": b"another's"}
 
 
-@pytest.mark.parametrize(
-    "name", ["settings.json", "checkpoint.pt", "prompts.pt", "log.csv", "result.json"]
-)
-def test_an_out_that_holds_another_run_is_left_as_it_is(refused, tree, small_run, finished, name):
-    for path in finished.iterdir():
-        if path.name != name:
-            path.unlink()
-    refused(
-        "--data",
-        tree,
-        *small_run,
-        "--out",
-        finished,
-        says=[f"--out {finished}", "another run", name, "another folder", "--resume"],
-    )
+def test_an_undecodable_test_image_is_named_and_the_prompts_are_kept(place, tmp_path, here,
+                                                                     monkeypatch):
+    shutil.copytree(place / "shapes", tmp_path / "shapes")
+    monkeypatch.chdir(tmp_path)
+    path = common.load_tasks("shapes", shots=2)[1].test.items[3]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    words = f"{SMALL} --clip {place}/random.pt --out run"
+    code, out, err = here("coop_mt.py", *words.split())
+    is_refusal("coop_mt", code, out, err, f"{path} cannot be decoded ... replace it or remove it")
+    assert (tmp_path / "run/prompts.pt").exists() and not (tmp_path / "run/result.json").exists()
+    path.write_bytes(whole)
+    for again in ("--eval run/prompts.pt", "--resume --out run"):
+        code, out, err = here("coop_mt.py", *again.split())
+        assert code == 0 and not err and "average" in out
 
 
-def test_an_out_that_holds_a_whole_run_is_left_as_it_is(refused, tree, small_run, finished):
-    refused(
-        "--data",
-        tree,
-        *small_run,
-        "--out",
-        finished,
-        says=[f"--out {finished}", "another run", "another folder", "--resume"],
-    )
+def test_data_that_changed_since_a_run_was_stopped_are_noticed(place, tmp_path, here, refused,
+                                                               monkeypatch):
+    """A renamed image gives another split of as many images. It goes on when it is back."""
+    images = shutil.copytree(place / "shapes", tmp_path / "shapes") / "drawn" / "cup"
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "interrupted", True)
+        common.main(COOP, f"{SMALL} --clip {place}/random.pt --epochs 2 --out run".split())
+    (images / "000.png").rename(images / "zzz.png")
+    says = "finished.pt does not fit the data as it is now ... another --out"
+    refused(tmp_path, "coop_mt", "--resume --out run", says)
+    (images / "zzz.png").unlink()
+    refused(tmp_path, "coop_mt", "--resume --out run", says)
+    shutil.copy(place / "shapes" / "drawn" / "cup" / "000.png", images)
+    code, out, err = here("coop_mt.py", "--resume", "--out", "run")
+    assert code == 0 and not err and "average" in out
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "notes.txt/run", "notes.txt/deeper/run"])
-def test_an_out_that_is_a_file_or_lies_below_one_is_refused(
-    refused, tree, tmp_path, small_run, place
-):
-    (tmp_path / "notes.txt").write_text("a list")
-    refused(
-        "--data",
-        tree,
-        *small_run,
-        "--out",
-        tmp_path / place,
-        says=[tmp_path / place, tmp_path / "notes.txt", "is a file", "another folder"],
-    )
+def test_a_training_that_diverges_says_so(place, tmp_path, here, monkeypatch):
+    monkeypatch.chdir(place)
+    code, _, err = here("coop_mt.py", *f"{SMALL} --lr 1e30 --epochs 3 --out {tmp_path}/a".split())
+    assert code == 2 and "the training diverged in epoch" in err and err.count("\n") == 1
+
+    def exploding(args, model, tasks, run):
+        prompts = COOP.build(args, model, tasks)
+        for _ in run.epochs("train", 1, prompts=prompts):
+            run.log(loss=1.0)
+            prompts.vectors.data[0] = float("nan")          # an update behind the last finite loss
+
+    with pytest.raises(common.UserError, match="diverged in epoch 1 .* use a smaller --lr"):
+        common.main(replace(COOP, train=exploding), f"{SMALL} --out {tmp_path}/b".split())
+    assert not list(tmp_path.glob("*/result.json"))
 
 
-@pytest.mark.parametrize("flag", ["--data", "--root", "--clip", "--eval", "--out"])
-def test_a_name_longer_than_a_file_s_may_be_is_refused(refused, tree, small_run, flag):
-    name = "x" * 300
-    more = (
-        ["--data", "officehome"]
-        if flag == "--root"
-        else ["--data", tree]
-        if flag != "--data"
-        else []
-    )
-    refused(*more, *small_run, flag, name, says=[name])
+# ------------------------------------------------------------------------ what is not a mistake
 
 
-# -------------------------------------------------------------------------------------------- the
-# other methods' own words
-
-WITH_IMAGE_PROMPTS = ["vpt_mt", "maple_mt", "mmap", "jscpt"]
-
-
-@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
-def test_a_resnet_cannot_take_image_prompts_and_is_not_downloaded(refused, tree, script):
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "RN50",
-        says=["RN50", "ResNet", "--clip ViT-B/16"],
-        script=script,
-    )
+def test_a_switch_may_be_said_again_or_off(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for word in ("--specific", "--no-validate", "--no-plot"):
+        assert common.parse(MMAP, ["--resume", "--out", "grouped", word]).specific
+    common.main(COOP, ["--eval", "run/prompts.pt", "--no-validate"])
+    assert "average" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
-def test_a_resnet_in_a_file_cannot_take_image_prompts(refused, tree, tmp_path_factory, script):
-    shape = dict(
-        TINY,
-        vision_layers=(1, 1, 1, 1),
-        vision_width=8,
-        vision_patch_size=None,
-        image_resolution=64,
-        embed_dim=64,
-    )
-    path = tmp_path_factory.mktemp("resnet") / "resnet.pt"
-    torch.save(random_clip(**shape).state_dict(), path)
-    refused("--data", tree, "--shots", 2, "--clip", path, says=[path, "ResNet"], script=script)
+def test_a_prompt_that_tasks_share_serves_them_in_any_order(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    tables = []
+    for data in ("shapes", "painted=shapes/painted,drawn=shapes/drawn"):
+        common.main(COOP, f"--eval run/prompts.pt --data {data}".split())
+        tables.append(capsys.readouterr().out.splitlines()[2:4])
+    assert sorted(tables[0]) == sorted(tables[1]) and tables[0] != tables[1]
 
 
-@pytest.mark.parametrize(
-    "script, words, most",
-    [("maple_mt", [74], "74 context vectors"), ("mmap", [40], "80 context vectors")],
-)
-def test_prompts_that_do_not_fit_the_text_are_counted_together(refused, tree, script, words, most):
-    line = refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--n-ctx",
-        *words,
-        says=[most, "77 text positions"],
-        script=script,
-    )
-    assert ("in all; a text has 2 prompts" in line) == (script == "mmap")
-
-
-@pytest.mark.parametrize(
-    "groups, says",
-    [(3, "the 2 tasks"), (0, "too small"), (-1, "too small"), ("many", "invalid literal")],
-)
-def test_groups_that_cannot_be(refused, tree, groups, says):
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--groups",
-        groups,
-        says=[f"{groups}", says],
-        script="mmap",
-    )
-
-
-def test_an_ablation_of_everything_leaves_nothing(refused, tree):
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--no-specific",
-        "--grouping",
-        "none",
-        says=["leaves no prompts"],
-        script="mmap",
-    )
-    refused("--data", tree, "--shots", 2, "--grouping", "colour", says=["colour"], script="mmap")
-
-
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        ("--source 3 7", "3 x 7 does not divide"),
-        ("--source 3 7 --no-specific", "3 x 7 does not divide"),
-        ("--source 3 7 --prompt joint", "3 x 7 does not divide"),
-        ("--source 4 32 --prompt joint --grouping all", "--source has no effect"),
-        ("--groups 3 --grouping all", "--groups 3 is not for --grouping all"),
-    ],
-)
-def test_a_source_prompt_or_groups_that_cannot_be(refused, tree, words, says):
-    refused("--data", tree, "--shots", 2, "--clip", "tiny", *words.split(), says=[says],
-            script="mmap")
-
-
-def test_a_switch_that_was_turned_off_may_be_said_again(tmp_path):
-    """As `--no-specific --resume` of a run of `--no-specific`; the other way is a contradiction."""
-    mmap, out = common.load_method("mmap"), str(tmp_path / "run")
-    args = common.parse(mmap.Args, "", ["--no-specific", "--out", out])
-    (tmp_path / "run").mkdir()
-    saved = json.dumps(dict(vars(args), method="mmap"))
-    (tmp_path / "run" / "settings.json").write_text(saved)
-    for words in ([], ["--no-specific"]):
-        assert not common.parse(mmap.Args, "", ["--resume", "--out", out, *words]).specific
-    with pytest.raises(common.UserError, match="started with --no-specific, not with --spe"):
-        common.parse(mmap.Args, "", ["--resume", "--out", out, "--specific"])
-
-
-def test_prompts_may_be_scored_with_validation_off_in_so_many_words(method, finished):
-    code, err, printed = method("--eval", finished / "prompts.pt", "--no-validate")
-    assert code == 0 and not err and "average" in printed
-
-
-@pytest.mark.parametrize("depth", [0, 7, -1])
-def test_a_depth_that_the_backbone_does_not_have(refused, tree, depth):
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--depth",
-        depth,
-        says=[f"--depth {depth}", "6 layers" if depth > 0 else "1 or more"],
-        script="maple_mt",
-    )
-
-
-@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
-def test_prompts_of_another_method_are_sent_to_their_own_script(refused, finished, script):
-    refused(
-        "--eval",
-        finished / "prompts.pt",
-        says=["prompts of coop_mt", "use coop_mt.py --eval"],
-        script=script,
-    )
-
-
-@pytest.mark.parametrize("script", WITH_IMAGE_PROMPTS)
-def test_prompts_of_another_backbone_are_refused(method, refused, tree, backbone, tmp_path, script):
-    code, err, _ = method(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        backbone,
-        "--epochs",
-        1,
-        "--n-ctx",
-        2,
-        "--out",
-        tmp_path / "run",
-        script=script,
-    )
-    assert code == 0, err
-    refused(
-        "--eval",
-        tmp_path / "run" / "prompts.pt",
-        "--clip",
-        "tiny",
-        says=["started with --clip", "not with --clip tiny"],
-        script=script,
-    )
-    saved = torch.load(tmp_path / "run" / "prompts.pt", weights_only=True)
-    saved["settings"]["clip"] = "tiny"
-    torch.save(saved, tmp_path / "run" / "prompts.pt")
-    refused(
-        "--eval", tmp_path / "run" / "prompts.pt", says=["prompts.pt", "do not fit"], script=script
-    )
-
-
-def test_damaged_prompts_of_the_right_method_are_refused(method, refused, tree, backbone, tmp_path):
-    run = tmp_path / "run"
-    code, err, _ = method(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        backbone,
-        "--epochs",
-        1,
-        "--n-ctx",
-        2,
-        "--out",
-        run,
-        script="mmap",
-    )
-    assert code == 0, err
-    saved = torch.load(run / "prompts.pt", weights_only=True)
-    for damaged in ({}, {"group_of": 1}, {**saved["prompts"][1], "group_of": None}):
-        torch.save(dict(saved, prompts={1: damaged}), run / "prompts.pt")
-        refused("--eval", run / "prompts.pt", says=["prompts.pt", "do not fit"], script="mmap")
-
-
-def test_a_training_that_diverges_says_so(method, tree, tmp_path):
-    code, err, out = method(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--epochs",
-        3,
-        "--lr",
-        1e30,
-        "--out",
-        tmp_path / "run",
-    )
-    assert code == 2 and "diverged" in err and "--lr" in err and err.count("\n") == 1
-
-
-def test_words_of_hipro_and_of_surgery_that_cannot_be(refused, tree):
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--grouping",
-        "forest",
-        says=["forest", "tree"],
-        script="hipro",
-    )
-    refused("--data", tree, "--shots", 2, "--surgery", "scalpel", says=["scalpel", "pcgrad"])
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--surgery",
-        "imtl",
-        "--single-task",
-        says=["--surgery", "--single-task"],
-    )
-    refused(
-        "--data",
-        tree,
-        "--shots",
-        2,
-        "--clip",
-        "tiny",
-        "--n-ctx",
-        75,
-        says=["75 context vectors", "77 text positions"],
-        script="hipro",
-    )
-
-
-def test_data_that_changed_since_the_checkpoint_is_noticed(refused, stopped):
-    shapes = json.loads((stopped / "settings.json").read_text())["data"]
-    image = next(Path(shapes).rglob("*.png"))
-    kept = image.read_bytes()
-    image.unlink()
-    try:
-        refused("--resume", "--out", stopped, says=["checkpoint.pt", "does not fit the data"])
-    finally:
-        image.write_bytes(kept)
-
-
-@pytest.mark.parametrize(
-    "script, words",
-    [
-        ("hipro", []),
-        ("mmap", []),
-        ("mvlpt", []),
-        ("jscpt", []),
-        ("coop_mt", ["--single-task"]),
-        ("vpt_mt", ["--single-task"]),
-        ("maple_mt", ["--single-task"]),
-        ("coop_mt", []),
-        ("vpt_mt", []),
-    ],
-)
-def test_prompts_of_tasks_are_not_scored_on_others_or_in_another_order(
-    method, refused, tmp_path, backbone, script, words
-):
-    one, two = (make_tree(tmp_path / d, {c: 5 for c in CLASSES}) for d in ("one", "two"))
-    run = tmp_path / "run"
-    code, err, _ = method(
-        "--data",
-        f"a={one},b={two}",
-        "--shots",
-        2,
-        "--clip",
-        backbone,
-        "--epochs",
-        1,
-        "--n-ctx",
-        2,
-        "--out",
-        run,
-        *words,
-        script=script,
-    )
-    assert code == 0, err
-    for data in (f"b={two},a={one}", f"a={one},c={two}"):
-        if words or script not in ("coop_mt", "vpt_mt"):
-            refused(
-                "--eval",
-                run / "prompts.pt",
-                "--data",
-                data,
-                says=["prompts.pt", "of other tasks", "--data"],
-                script=script,
-            )
-        elif "c=" in data:  # under another name it has another split
-            refused(
-                "--eval",
-                run / "prompts.pt",
-                "--data",
-                data,
-                script=script,
-                says=["were trained on", "of c's 9 test images", "--shots"],
-            )
-        else:  # a prompt that all tasks share serves others, too
-            assert method("--eval", run / "prompts.pt", "--data", data, script=script)[0] == 0
-
-
-# ------------------------------------------------------------------------------------------ leaks
-# and paths
-
-
-@pytest.mark.parametrize("words", [["--split", 0.2], ["--shots", 1], ["--seeds", 2]], ids=str)
-def test_prompts_are_not_scored_on_images_that_they_were_trained_on(refused, finished, words):
-    """Another split or seed tests on other images; a seed that was not trained is refused first."""
-    says = (
-        ["seeds 1, not of 2"] if "--seeds" in words else ["seed 1) were trained on", "test images"]
-    )
-    refused("--eval", finished / "prompts.pt", *words, says=says)
-
-
-def test_a_renamed_image_is_noticed_when_a_run_goes_on(refused, method, tree, tmp_path, small_run):
-    """As many images, another split."""
-    out = tmp_path / "run"
-    assert method("--data", tree, *small_run, "--out", out)[0] == 0
-    (out / "result.json").unlink()
-    (tree / "drawn" / "cup" / "000.png").rename(tree / "drawn" / "cup" / "zzz.png")
-    refused("--resume", "--out", out, says=["does not fit the data as it is now", "another --out"])
-
-
-def test_a_renamed_image_is_noticed_in_the_middle_of_a_seed(
-    method, tree, tmp_path, small_run, monkeypatch
-):
-    """Only a phase has been saved."""
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save_prompts", lambda *_: [][0])
-        with pytest.raises(IndexError):
-            method("--data", tree, *small_run, "--out", out)
-    [phase] = out.glob("checkpoint-*.pt")
-    assert not (out / "checkpoint.pt").exists()
-    (tree / "drawn" / "cup" / "000.png").rename(tree / "drawn" / "cup" / "zzz.png")
-    code, err, printed = method("--resume", "--out", out)
-    check_line(code, err, printed, [phase, "does not fit the data as it is now", "another --out"])
-    (tree / "drawn" / "cup" / "zzz.png").rename(tree / "drawn" / "cup" / "000.png")
-    code, err, _ = method("--resume", "--out", out)
-    assert code == 0, err
-
-
-def test_a_worker_that_dies_in_a_run_names_the_flag_that_works_without(
-    method, tree, tmp_path, small_run, monkeypatch
-):
-    read = common.Images.__getitem__
-
-    def die(images, index):
-        if torch.utils.data.get_worker_info():
-            os._exit(1)
-        return read(images, index)
-
-    monkeypatch.setattr(common.Images, "__getitem__", die)
-    out = tmp_path / "run"
-    code, err, printed = method("--data", tree, *small_run, "--workers", 1, "--out", out)
-    check_line(code, err, printed, ["died", "give --workers 0"])
-    code, err, _ = method("--resume", "--out", out, "--workers", 0)
-    assert code == 0, err
-
-
-def test_saved_paths_are_absolute_and_a_run_is_scored_from_anywhere(
-    method, tree, tmp_path, small_run, backbone, monkeypatch
-):
-    shutil.copy(backbone, tmp_path / "my.pt")
-    words = ["--clip" if word == "--clip" else word for word in small_run]
-    words[words.index("--clip") + 1] = "my.pt"
-    code, err, _ = method("--data", tree.name, *words, "--out", "run")
-    assert code == 0, err
-    saved = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert saved["clip"] == str(tmp_path / "my.pt") and saved["data"] == str(tree)
-    assert saved["out"] == str(tmp_path / "run") and saved["root"] == str(tmp_path / "data")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    code, err, _ = method("--eval", "../run/prompts.pt")
-    assert code == 0, err
-
-
-def test_a_home_folder_is_expanded_in_out_however_it_is_given(
-    method, tree, tmp_path, small_run, monkeypatch
-):
+def test_saved_paths_are_absolute_and_a_run_is_scored_from_anywhere(place, tmp_path, monkeypatch,
+                                                                    capsys):
+    """A home folder is expanded, also in --out=~/run."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    code, err, _ = method("--data", tree, *small_run, "--out=~/x")
-    assert code == 0, err
-    assert (tmp_path / "home" / "x" / "result.json").exists() and not (tmp_path / "~").exists()
+    monkeypatch.chdir(place)
+    common.main(COOP, f"{SMALL} --out=~/run".split())
+    saved = json.loads((tmp_path / "home" / "run" / "settings.json").read_text())
+    assert saved["clip"] == str(place / "random.pt") and saved["data"] == str(place / "shapes")
+    assert saved["out"] == str(tmp_path / "home/run") and saved["root"] == str(place / "data")
+    monkeypatch.chdir(tmp_path)
+    common.main(COOP, ["--eval", "home/run/prompts.pt"])
+    assert "average" in capsys.readouterr().out and not (tmp_path / "~").exists()
 
 
-def test_an_update_that_explodes_after_the_last_loss_is_refused(
-    refused, tree, small_run, monkeypatch, method, tmp_path
-):
-    kept = common.sgd
-
-    def exploding(args, prompts, *more):
-        optimizer, schedule = kept(args, prompts, *more)
-        step = optimizer.step
-
-        def spoilt(*words):
-            step(*words)
-            prompts.vectors.data[0] = float("nan")
-
-        optimizer.step = spoilt
-        return optimizer, schedule
-
-    monkeypatch.setattr(common, "sgd", exploding)
-    code, err, out = method(
-        "--data", tree, *small_run, "--out", tmp_path / "run", "--batch-size", 90
-    )
-    assert code == 2 and "a parameter is no longer finite" in err and "--lr" in err
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_names_that_a_terminal_cannot_show_and_a_pipe_that_closes_early(tree, tmp_path, small_run):
-    """As a process: ASCII output, and `| head -1`."""
-    (tree / "drawn").rename(tree / "gezeichnet \u00fc")
-    words = [
-        sys.executable,
-        "-P",
-        str(ROOT / "coop_mt.py"),
-        "--data",
-        str(tree),
-        *map(str, small_run),
-    ]
-    environment = dict(
-        os.environ, PYTHONIOENCODING="ascii", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT)
-    )
-    done = subprocess.run(
-        [*words, "--out", str(tmp_path / "a")], capture_output=True, env=environment
-    )
-    assert done.returncode == 0 and b"gezeichnet ?" in done.stdout, done.stderr
-    line = " ".join(f"'{word}'" for word in [*words, "--out", str(tmp_path / "b")])
-    piped = subprocess.run(
-        ["bash", "-c", f"{line} | head -1"], capture_output=True, env=environment
-    )
-    assert piped.returncode == 0 and b"Traceback" not in piped.stderr, piped.stderr
+@pytest.mark.parametrize("pipe, code", [("", 0), ("| true", 141)])
+def test_names_that_a_terminal_cannot_show_and_a_pipe_that_closes_early(pipe, code, place,
+                                                                        tmp_path):
+    """As a process, with ASCII output."""
+    shutil.copytree(place / "shapes" / "drawn", tmp_path / "shapes" / "gezeichnet \u00fc")
+    words = f"--data {tmp_path}/shapes --clip {place}/random.pt --shots 2 --out {tmp_path}/run"
+    line = f"set -o pipefail; {sys.executable} {ROOT}/common.py zero-shot {words} {pipe}"
+    env = dict(os.environ, PYTHONIOENCODING="ascii", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=env)
+    assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
+    assert bool(pipe) or b"gezeichnet ?" in done.stdout

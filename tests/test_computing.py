@@ -1,19 +1,19 @@
 """What makes the methods fast and small changes no result: passes, views, images, precision."""
-
+import multiprocessing
 import re
-import subprocess
 import sys
 import types
 
+import bench_speed
 import pytest
 import torch
-from bench_speed import METHODS, Bench
-from conftest import ROOT, TINY, make_tree, random_clip
+from conftest import METHODS, ROOT, TINY, make_tree, random_clip
 
 import common
+import data
 
-WORDS = types.SimpleNamespace(clip="tiny", device="cpu", repeats=1)
-TEXTS = dict(coop_mt=5, maple_mt=5, mvlpt=5, hipro=25, mmap=15, jscpt=15)  # 3 tasks of 5 classes
+SETTINGS = types.SimpleNamespace(clip="tiny", device="cpu", repeats=1)
+TEXTS = dict(coop_mt=5, maple_mt=5, mvlpt=5, hipro=25, mmap=15, jscpt=15)   # 3 tasks of 5 classes
 
 
 @pytest.fixture
@@ -22,27 +22,24 @@ def model():
     return random_clip(**TINY)
 
 
-def bench_of(name):
-    return Bench(WORDS, name, 3, 5)
+@pytest.fixture(params=METHODS)
+def bench(request):
+    return bench_speed.Bench(SETTINGS, request.param, 3, 5)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_is_one_pass_of_all_texts_and_one_of_all_images(name):
+def test_a_step_is_one_pass_of_all_texts_and_one_of_all_images(bench):
     """Tasks that agree in prompts and names share rows; a text is as long as its longest row."""
-    seen = bench_of(name)
-    passes = [job for job in seen.passes(lambda: seen.train(1)) if job[3]]
-    wanted = [("text", TEXTS[name])] if name in TEXTS else []
-    if name not in ("coop_mt", "hipro"):
-        wanted.append(("image", 12))
-    assert sorted(job[:2] for job in passes) == sorted(wanted, reverse=False)
+    passes = [job for job in bench.passes(lambda: bench.train(1)) if job[3]]
+    wanted = [("text", TEXTS[bench.name])] if bench.name in TEXTS else []
+    if bench.name not in ("coop_mt", "hipro"):
+        wanted = [("image", 12), *wanted]
+    assert sorted(job[:2] for job in passes) == wanted
     assert all(tokens < 45 for kind, _, tokens, _ in passes if kind == "text")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_gradients_stop_where_the_first_prompt_enters(name):
-    """What comes before needs none: its outputs ask for no gradient, and CLIP's weights get
-    none."""
-    bench, before = bench_of(name), []
+def test_gradients_stop_where_the_first_prompt_enters(bench):
+    """What comes before needs none: its outputs ask for no gradient, CLIP's weights get none."""
+    before = []
     for module in (bench.model.token_embedding, bench.model.visual.conv1):
         module.register_forward_hook(lambda module, given, made: before.append(made.requires_grad))
     bench.train(1)
@@ -50,42 +47,31 @@ def test_gradients_stop_where_the_first_prompt_enters(name):
     assert all(p.grad is None and not p.requires_grad for p in bench.model.parameters())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_texts_are_encoded_once_an_evaluation_and_images_once_per_prompt(name):
-    bench = bench_of(name)
+def test_texts_are_encoded_once_an_evaluation_and_images_once_per_prompt(bench):
     prompts, _ = bench.train(1)
-    common._kept.clear()
-    common._plain.clear()
     passes = bench.passes(lambda: bench.evaluate(prompts))
     texts = [job for job in passes if job[0] == "text"]
-    assert len(texts) <= (4 if name == "mvlpt" else 2)  # mvlpt has a prompt per target
+    assert len(texts) <= (4 if bench.name == "mvlpt" else 2)        # mvlpt has a prompt per target
     images = sum(rows for kind, rows, _, _ in passes if kind == "image")
-    assert images == 12 * (1 if name in ("coop_mt", "hipro") else 2)  # zero-shot's, and prompted
+    assert images == 12 * (1 if bench.name in ("coop_mt", "hipro") else 2)  # zero-shot's, prompted
 
 
-@pytest.mark.parametrize(
-    "device, bf16, asked, grad, dtype",
-    [
-        ("cpu", True, "auto", True, None),
-        ("cpu", True, "bf16", True, torch.bfloat16),
-        ("cuda", True, "auto", True, torch.bfloat16),
-        ("cuda", False, "auto", True, None),
-        ("cuda", False, "auto", False, torch.float16),
-        ("cuda", True, "fp32", True, None),
-        ("cuda", True, "fp16", True, torch.float16),
-    ],
-)
+@pytest.mark.parametrize("device, bf16, asked, grad, dtype", [
+    ("cpu", True, "auto", True, None),
+    ("cpu", True, "bf16", True, torch.bfloat16),
+    ("cuda", True, "auto", True, torch.bfloat16),
+    ("cuda", False, "auto", True, None),
+    ("cuda", False, "auto", False, torch.float16),
+    ("cuda", True, "fp32", True, None),
+    ("cuda", True, "fp16", True, torch.float16)])
 def test_the_precision_is_bfloat16_where_a_gpu_has_it_or_what_is_asked(
-    monkeypatch, device, bf16, asked, grad, dtype
-):
+        monkeypatch, device, bf16, asked, grad, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     scale = types.SimpleNamespace(device=torch.device(device))
-    model = types.SimpleNamespace(logit_scale=scale, precision=asked)
     with torch.set_grad_enabled(grad):
-        context = common._precision(model)
-    found = context.fast_dtype if isinstance(context, torch.autocast) else None
-    assert found == dtype
+        context = common._precision(types.SimpleNamespace(logit_scale=scale, precision=asked))
+    assert getattr(context, "fast_dtype", None) == dtype
 
 
 def test_bfloat16_on_a_cpu_is_near_and_leaves_features_in_float32(model):
@@ -98,34 +84,38 @@ def test_bfloat16_on_a_cpu_is_near_and_leaves_features_in_float32(model):
     assert prompts.grad.dtype == torch.float32 and prompts.grad.isfinite().all()
 
 
-def test_training_images_are_held_in_memory_and_are_the_same(model, tmp_path):
+def test_a_training_has_one_loader_and_its_images_are_held_in_memory(model, tmp_path):
+    """Files are not read again, and worker processes live until other tasks are trained on or
+    `close_loader`."""
     folder = make_tree(tmp_path / "shapes", {f"{d}/{c}": 4 for d in "ab" for c in "xy"})
-    tasks, args = common.load_tasks(str(folder), split=0.5), common.Args(batch_size=4, workers=0)
+    tasks, args = common.load_tasks(str(folder), split=0.5), common.Args(batch_size=4, workers=2)
 
-    def epoch():
+    def epoch(*chosen, **how):
         common.seed_everything(1)
-        return [images for images, _, _ in common.batches(args, model, tasks)]
+        return [images for images, _, _ in common.batches(args, model, list(chosen), **how)]
 
-    read, room = epoch(), 6 * 4 * 24 * 24 + 100
-    for task in tasks:
-        for i in range(len(task.train)):
-            room = task.train.keep(i, room)
-    assert room == 100 and [len(task.train.kept) for task in tasks] == [4, 2]  # six fit
-    for path in tasks[0].train.items + list(tasks[1].train.kept):
+    def workers():
+        return {process.pid for process in multiprocessing.active_children()}
+
+    read = epoch(*tasks)
+    first = workers()
+    data.keep_all([task.train for task in tasks], 10**6, workers=0)
+    assert all(map(torch.equal, epoch(*tasks), read)) and workers() == first and first
+    common.close_loader()
+    assert not workers()
+    for path in tasks[0].train.items + tasks[1].train.items:
         path.write_bytes(b"gone")
-    assert all(torch.equal(one, other) for one, other in zip(epoch(), read))
-    part = tasks[0].train.subset([1, 0])
-    assert part[1][0].tobytes() == tasks[0].train[0][0].tobytes()  # a part finds them, too
-    tasks[0].train[0][0].putpixel((0, 0), (1, 2, 3))  # what is handed out is a copy
-    assert all(torch.equal(one, other) for one, other in zip(epoch(), read))
+    assert all(map(torch.equal, epoch(*tasks), read))
+    second = workers()
+    epoch(tasks[1])
+    assert second and not workers() & second
+    args.views = 1
+    epoch(*tasks, frozen=True)
+    assert not workers()                                # the features of all views are in memory
 
 
-def test_imports_are_ordinary_and_every_name_is_one():
-    code = "import common, data; assert data.Task is common.Task"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_imports_go_one_way_and_every_name_is_one():
+    assert data.Task is common.Task and data.load_tasks is common.load_tasks
     found = {}
     for path in (ROOT / "data").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -135,26 +125,11 @@ def test_imports_are_ordinary_and_every_name_is_one():
     assert len(found) > 15 and not any(found.values()), found
 
 
-def test_the_benchmark_prints_a_row_per_method():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(ROOT / "tests" / "bench_speed.py"),
-            "--method",
-            "coop_mt",
-            "--clip",
-            "tiny",
-            "--classes",
-            "9",
-            "--repeats",
-            "1",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    name, tasks, classes, *numbers = done.stdout.splitlines()[-1].split()
-    assert (name, tasks, classes) == ("coop_mt", "4", "9") and all(float(x) > 0 for x in numbers)
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_per_method(monkeypatch, capsys):
+    words = "--method coop_mt --clip tiny --classes 9 --repeats 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench_speed.py", *words.split()])
+    bench_speed.main()
+    name, tasks, classes, *numbers = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, tasks, classes) == ("coop_mt", "4", "9")
+    assert len(numbers) == 6 and all(float(x) > 0 for x in numbers)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Phases, numbers, random_clip, run_script, small_tasks
+from conftest import TINY, Phases, numbers, random_clip, small_tasks
 
 import common
+from common import FINETUNE
 
 
 def settings(train, **changes):
@@ -15,16 +16,20 @@ def settings(train, **changes):
     return common.FinetuneArgs(**dict(usual, **changes))
 
 
+def scored(args, model, tasks, weights):
+    return common.evaluate(args, model, tasks, **FINETUNE.classify(args, model, tasks, weights))
+
+
 def trainable(weights):
     return sum(p.numel() for p in weights.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("train, names, expected", [
-    ("all", "abcd", 149_620_737),           # MmAP, Table 1: 149.62 M, times four in single-task
-    ("bias", "abcd", 171_008),              # 0.17 M: every bias of both encoders
-    ("adapter", "abcd", 526_848)])          # 0.53 M: four times 512 -> 128 -> 512 with biases
-def test_parameters_at_vit_b16_are_the_papers(vit_b16, train, names, expected):
-    weights = common.build_weights(settings(train), vit_b16, small_tasks(*names))
+@pytest.mark.parametrize("train, expected", [
+    ("all", 149_620_737),                   # MmAP, Table 1: 149.62 M, times four in single-task
+    ("bias", 171_008),                      # 0.17 M: every bias of both encoders
+    ("adapter", 526_848)])                  # 0.53 M: four times 512 -> 128 -> 512 with biases
+def test_parameters_at_vit_b16_are_the_papers(vit_b16, train, expected):
+    weights = FINETUNE.build(settings(train), vit_b16, small_tasks(*"abcd"))
     assert trainable(weights) == expected
     assert sum(x.numel() for x in weights.state_dict().values()) == expected    # nothing else saved
     assert not any(p.requires_grad for p in vit_b16.parameters())
@@ -32,17 +37,17 @@ def test_parameters_at_vit_b16_are_the_papers(vit_b16, train, names, expected):
 
 def test_a_shared_adapter_is_one(vit_b16):
     args = settings("adapter", adapters="shared")
-    assert trainable(common.build_weights(args, vit_b16, small_tasks(*"abcd"))) == 131_712
+    assert trainable(FINETUNE.build(args, vit_b16, small_tasks(*"abcd"))) == 131_712
 
 
 def first_step(model, args, tasks):
     """(weights before, weights after, run, batch) of one step; the frozen model keeps its bits."""
     before, run = copy.deepcopy(model.state_dict()), Phases()
     common.seed_everything("start")
-    after = common.train_weights(args, model, tasks, run)
+    after = FINETUNE.train(args, model, tasks, run)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     common.seed_everything("start")
-    start = common.build_weights(args, model, tasks)
+    start = FINETUNE.build(args, model, tasks)
     common.seed_everything("test", "train", 0)
     [(images, labels, task)] = common.batches(args, model, tasks)
     return start, after, run, (images, labels, task)
@@ -82,7 +87,7 @@ def test_the_first_step_is_on_the_gradient_of_the_packages_own_encoders(small, t
 
 @pytest.mark.parametrize("train", ["all", "bias"])
 def test_what_is_not_trained_keeps_its_bits(small, train):
-    after = common.train_weights(settings(train, epochs=2), small, small_tasks("a"), Phases())
+    after = FINETUNE.train(settings(train, epochs=2), small, small_tasks("a"), Phases())
     changed = {name for name, p in after.clip.state_dict().items()
                if not torch.equal(p, small.state_dict()[name])}
     assert all(name.endswith("bias") for name in changed) is (train == "bias")
@@ -94,7 +99,7 @@ def test_what_is_not_trained_keeps_its_bits(small, train):
 
 def test_an_adapters_feature_by_hand(small):
     """ratio * W2 relu(W1 x + b1) + b2 and the rest of x, by the adapter of the image's task."""
-    weights = common.build_weights(settings("adapter", ratio=0.3), small, small_tasks("a", "b"))
+    weights = FINETUNE.build(settings("adapter", ratio=0.3), small, small_tasks("a", "b"))
     x, task = torch.randn(4, 32), torch.tensor([1, 0, 1, 1])
     found = weights.adapted(x, task)
     for i, t in enumerate(task):
@@ -121,7 +126,7 @@ def test_adapters_train_behind_a_frozen_clip(small, adapters):
     for before, now in zip(start.parameters(), after.parameters()):
         expected = before - 0.01 * (before.grad + 5e-4 * before)
         assert before.grad.any() and (now - expected).abs().max() < 1e-6
-    scores = common.score_weights(args, small, tasks, after)
+    scores = scored(args, small, tasks, after)
     x, _, y = common.image_features(small, tasks[1].test)
     x = after.adapted(x, torch.ones(len(x), dtype=torch.long))
     hits = common.logits(small, x, common.encode_text(small, texts[1])).argmax(-1) == y
@@ -146,27 +151,29 @@ def test_the_loss_runs_on_cuda(train):
 
 def test_a_trained_temperature_is_used(small):
     """Probabilities of full fine-tuning have its own logit scale."""
-    weights = common.build_weights(settings("all"), small, small_tasks("a"))
+    weights = FINETUNE.build(settings("all"), small, small_tasks("a"))
     weights.parts["logit_scale"].data += 1.0
     [task], kept = small_tasks("a"), []
     task.metric = lambda scores, labels: kept.append(scores) or 0.0
-    common.score_weights(settings("all"), small, [task], weights)
+    scored(settings("all"), small, [task], weights)
     assert (kept[1] / kept[0]).mean().item() == pytest.approx(2.718, rel=1e-3)
 
 
-def test_the_settings_that_follow_from_what_is_trained():
-    read = common.parse
-    for train, lr in (("all", 1e-5), ("bias", 0.0035), ("adapter", 0.0035)):
-        words = ["--data", "minidomainnet", "--split", "0.01", "--train", train]
-        args = read(common.FinetuneArgs, "", words, common.finetune_tiny,
-                    dict(minidomainnet=dict(batch_size=4)), common.finetune_own)
-        assert (args.lr, args.batch_size, args.epochs, args.clip) == (lr, 4, 5, "ViT-B/16")
+@pytest.mark.parametrize("words, expected", [
+    ("--clip ViT-B/16 --train all", (1e-5, 4, 5)),
+    ("--clip ViT-B/16 --train bias", (0.0035, 4, 5)),
+    ("--clip ViT-B/16 --train adapter", (0.0035, 4, 5)),
+    ("--clip ViT-B/16 --train bias --lr 1", (1.0, 4, 5)),
+    ("--clip tiny --train bias", (0.001, 16, 10))])
+def test_the_settings_that_follow_from_what_is_trained(words, expected):
+    args = common.parse(FINETUNE, f"--data minidomainnet --split 0.01 {words}".split())
+    assert (args.lr, args.batch_size, args.epochs) == expected
 
 
 def test_trained_weights_score_with_both_of_their_encoders(small):
-    args, tasks = settings("all", lr=0.003, epochs=3), small_tasks("a", "b")
-    weights = common.train_weights(args, small, tasks, Phases())
-    scores = common.score_weights(args, small, tasks, weights)
+    args, tasks = settings("all", lr=0.003), small_tasks("a", "b")
+    weights = FINETUNE.train(args, small, tasks, Phases())
+    scores = scored(args, small, tasks, weights)
     for t, task in enumerate(tasks):
         w = common.encode_text(weights.clip, common.tokenize(task.class_names, template="a {}"))
         x, _, labels = common.image_features(weights.clip, task.test)
@@ -179,69 +186,51 @@ def test_trained_weights_score_with_both_of_their_encoders(small):
 @pytest.fixture
 def words(tree, tmp_path):
     torch.save(random_clip(**TINY).state_dict(), tmp_path / "random.pt")
-    return ["--data", tree, "--clip", tmp_path / "random.pt", "--shots", 2, "--batch-size", 4,
-            "--epochs", 3, "--device", "cpu"]
+    return (f"finetune --data {tree} --clip {tmp_path}/random.pt --shots 2 --batch-size 6 "
+            "--epochs 2 --device cpu")
 
 
-@pytest.mark.parametrize("own", [["--train", "all"], ["--train", "bias", "--single-task"],
-                                 ["--train", "adapter"]])
-def test_a_run_is_one_like_any_other(own, words, tmp_path, here, monkeypatch):
-    """Killed in its second epoch and resumed; scored again; in the table; used to predict."""
-    code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "whole")
-    assert code == 0, err
+@pytest.mark.parametrize("own", ["--train all", "--train bias --single-task", "--train adapter"])
+def test_a_run_is_one_like_any_other(own, words, tree, tmp_path, here, monkeypatch):
+    """Stopped behind its first epoch and resumed; scored again; in the table; used to predict."""
+    def said(words):
+        code, out, err = here("common.py", *words.split())
+        assert code == 0, err
+        return out.split("\n", 1)[1] if " -> " in out else out          # behind the first line
+
+    table = said(f"{words} {own} --out {tmp_path}/whole").split("\n\n")[0]
     whole = numbers(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "interrupted", True)
+        common.commands(f"{words} {own} --out {tmp_path}/cut".split())
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt")["epoch"] == 1
+    said(f"finetune --resume --out {tmp_path}/cut")
+    assert numbers(tmp_path / "cut")["accuracy"] == whole["accuracy"]
     assert whole["method"] == "finetune"
-    kept = common.save_whole
-
-    def killed(path, content):
-        kept(path, content)
-        if content.get("epoch") == 2:
-            raise SystemExit(137)
-
-    monkeypatch.setattr(common, "save_whole", killed)
-    assert here("common.py", "finetune", *words, *own, "--out", tmp_path / "cut")[0] == 137
-    monkeypatch.setattr(common, "save_whole", kept)
-    code, _, err = here("common.py", "finetune", "--resume", "--out", tmp_path / "cut")
-    assert code == 0 and numbers(tmp_path / "cut") == whole, err
+    assert (tmp_path / "cut/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
     prompts = tmp_path / "cut" / "prompts.pt"
-    code, again, err = here("common.py", "finetune", "--eval", prompts)
-    assert code == 0 and again.split("\n\n")[0] == out.split("\n\n")[0], err
-    code, out, err = here("common.py", "table", tmp_path / "cut")
-    assert code == 0 and "finetune" in out and f"{whole['trainable_parameters']:,}" in out, err
-    code, out, err = here("common.py", "predict", prompts, words[1] / "drawn" / "cup" / "000.png",
-                          "--task", "drawn")
-    assert code == 0 and "cup" in out, err
+    assert all(map(torch.equal, weights_in(prompts), weights_in(tmp_path / "whole" / "prompts.pt")))
+    assert said(f"finetune --eval {prompts}").split("\n\n")[0] == table
+    assert f"{whole['trainable_parameters']:,}" in said(f"table {tmp_path}/cut")
+    assert "cup" in said(f"predict {prompts} {tree}/drawn/cup/000.png --task drawn")
 
 
-@pytest.mark.parametrize("own, says", [
-    (["--ratio", "0.5"], "are for --train adapter"),
-    (["--train", "bias", "--adapters", "shared"], "are for --train adapter"),
-    (["--train", "adapter", "--ratio", "0"], "above 0 and up to 1"),
-    (["--train", "bias", "--n-ctx", "4"], "--n-ctx is for prompts"),
-    (["--schedule", "constant"], "--schedule is for --train bias and adapter"),
-    (["--train", "adapter", "--adapters", "shared", "--single-task"], "leave one of them out")])
-def test_settings_that_contradict_each_other(own, says, words, tmp_path, here):
-    code, out, err = here("common.py", "finetune", *words, *own, "--out", tmp_path / "run")
-    assert code == 2 and not out and says in err and err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def weights_in(path):
+    """The tensors of seed 1 in a prompts.pt, with --single-task those of all tasks."""
+    saved = list(torch.load(path)["prompts"][1].values())
+    if isinstance(saved[0], dict):
+        saved = [weight for task in saved for weight in task.values()]
+    return saved
 
 
-def test_an_unknown_part_is_refused_as_a_process(tmp_path):
-    done = run_script("common.py", "finetune", "--train", "biases", "--out", tmp_path / "run")
-    assert done.returncode == 2 and "bias" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_weights_of_another_part_or_backbone_are_rejected(words, tmp_path, here):
+    def rejected(more):
+        code, _, err = here("common.py", "finetune", "--eval", mine, *more.split())
+        assert code == 2 and err.count("\n") == 1
+        return err
 
-
-def test_anothers_weights_are_refused(words, tmp_path, here):
-    """Those of another method, of another part, and of a backbone that they do not fit."""
-    adapter = ["--train", "adapter", "--out", tmp_path / "run"]
-    assert here("common.py", "finetune", *words, *adapter)[0] == 0
     mine = tmp_path / "run" / "prompts.pt"
-    code, _, err = here("coop_mt.py", "--eval", mine)
-    assert code == 2 and f"use common.py finetune --eval {mine}" in err
-    code, _, err = here("common.py", "finetune", "--eval", mine, "--train", "bias")
-    assert code == 2 and "was started with --train adapter, not with --train bias" in err
-    other = random_clip(**dict(TINY, embed_dim=16))
-    torch.save(other.state_dict(), words[3])
-    code, _, err = here("common.py", "finetune", "--eval", mine)
-    assert code == 2 and "do not fit" in err and err.count("\n") == 1
+    common.commands(f"{words} --train adapter --epochs 1 --out {tmp_path}/run".split())
+    assert "was started with --train adapter, not with --train bias" in rejected("--train bias")
+    torch.save(random_clip(**dict(TINY, embed_dim=16)).state_dict(), tmp_path / "random.pt")
+    assert "prompts.pt cannot be used" in rejected("")

@@ -1,7 +1,8 @@
-"""PCGrad, IMTL-G and CAGrad against worked examples in the plane, and CAGrad's dual against a
-grid."""
+"""PCGrad, IMTL-G and CAGrad against worked examples in the plane, and CAGrad's dual against a grid;
+the learning rates of SGD by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ ALIGNED = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.double)
 
 
 def test_pcgrad_projects_a_conflicting_pair():
-    """g1 - (g1.g2 / |g2|^2) g2 = (1, 0) + (-1, 1) / 2 = (1/2, 1/2); g2 - (g1.g2 / |g1|^2) g1 = (0,
-    1)."""
+    """g1 - (g1.g2 / |g2|^2) g2 = (1, 0) + (-1, 1) / 2 = (1/2, 1/2);
+    g2 - (g1.g2 / |g1|^2) g1 = (0, 1)."""
     assert common.pcgrad(CONFLICT).tolist() == [0.5, 1.5]
 
 
@@ -25,27 +26,31 @@ def test_pcgrad_leaves_an_aligned_pair_alone():
 
 
 def test_pcgrad_compares_with_the_gradients_as_they_were():
-    """Three in the plane: whatever the order, every projection is off an original gradient."""
+    """Three in the plane. Off g2 first, g1 is (.5, .5), off g3 then (.5, 0); off g3 first it has
+    no conflict, and ends at (.5, .5). So g2 ends at (0, 0) either way and g3 at (-.5, -.5) or
+    (0, -.5)."""
     grads = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]], dtype=torch.double)
     seen = set()
     for seed in range(20):
-        torch.manual_seed(seed)
-        seen.add(tuple(round(x, 6) for x in common.pcgrad(grads).tolist()))
-    # g1: off g2 -> (.5, .5), off g3 -> (.5, 0); off g3 first: no conflict, then off g2 -> (.5, .5).
-    # g2: off g1 -> (0, 1), off g3
-    # -> (0, 0); or off g3 -> (-1, 0), off g1 -> (0, 0). g3: off g2 -> (-.5, -.5), off g1 -> (0,
-    # -.5); or off g1 first: none -> (-.5, -.5)
-    assert seen == {(0.5, -0.5), (0.0, 0.0), (0.5, 0.0), (0.0, -0.5)} & seen and len(seen) > 1
+        direction = common.pcgrad(grads, torch.Generator().manual_seed(seed))
+        seen.add(tuple(round(x, 6) for x in direction.tolist()))
+    possible = {(0.5, -0.5), (0.0, 0.0), (0.5, 0.0), (0.0, -0.5)}
+    assert seen <= possible and len(seen) > 1
+
+
+def test_pcgrads_random_order_is_that_of_its_generator():
+    grads = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    one, again = (common.pcgrad(grads, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(one, again)
 
 
 def test_imtl_has_equal_projections_on_both_gradients():
-    """For two gradients the bisector: a1 |g1| = a2 |g2| up to the angle, so a1 = |g2| / (|g1| +
-    |g2|)."""
+    """For two gradients the bisector: a1 |g1| = a2 |g2|, so a1 = |g2| / (|g1| + |g2|)."""
+    a = 2**0.5 / (1 + 2**0.5)
     for grads in (CONFLICT, ALIGNED):
-        a = 2**0.5 / (1 + 2**0.5)
-        assert common.imtl(grads).tolist() == pytest.approx(
-            (a * grads[0] + (1 - a) * grads[1]).tolist()
-        )
+        expected = a * grads[0] + (1 - a) * grads[1]
+        assert common.imtl(grads).tolist() == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -55,107 +60,150 @@ def test_imtl_projects_equally_on_many(n):
     assert projections.tolist() == pytest.approx([projections[0].item()] * n)
 
 
+def test_imtl_of_nearly_parallel_gradients_in_single_precision_is_that_in_double():
+    g, other = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    grads = torch.stack([g, 1.3 * g + 1e-3 * other])
+    expected = common.imtl(grads.double()).tolist()
+    assert common.imtl(grads).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 def test_equal_gradients_are_summed_averaged_and_stretched_by_one_and_c():
     grads = torch.tensor([[1.0, 2.0]] * 3)
     assert common.pcgrad(grads).tolist() == [3, 6]
-    assert common.imtl(grads).tolist() == pytest.approx([1, 2]) and common.cagrad(
-        grads
-    ).tolist() == pytest.approx([1.5, 3.0])
+    assert common.imtl(grads).tolist() == pytest.approx([1, 2])
+    assert common.cagrad(grads).tolist() == pytest.approx([1.5, 3])
 
 
-def test_cagrad_on_a_conflicting_pair_by_hand():
-    """g0 = (0, 1/2), c |g0| = 1/4. g_w = (2w - 1, 1 - w); the d in the disc around g0 whose worse
-    product is largest."""
+def test_cagrad_on_a_conflicting_pair_is_the_best_of_the_disc():
+    """g0 = (0, 1/2), c |g0| = 1/4: the d around g0 whose worse product is largest."""
     d = common.cagrad(CONFLICT)
     angles = torch.linspace(0, 2 * torch.pi, 100001, dtype=torch.double)
     disc = torch.stack([0.25 * angles.cos(), 0.5 + 0.25 * angles.sin()], dim=1)
-    assert (CONFLICT @ d).min().item() == pytest.approx(
-        (disc @ CONFLICT.t()).min(1).values.max().item(), abs=1e-4
-    )
+    best = (disc @ CONFLICT.t()).min(1).values.max().item()
+    assert (CONFLICT @ d).min().item() == pytest.approx(best, abs=1e-4)
     assert (d - torch.tensor([0, 0.5])).norm().item() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("n, fine", [(2, 2000), (3, 120)])
 def test_cagrads_dual_is_solved_as_a_grid_search_solves_it(n, fine):
     generator = torch.Generator().manual_seed(n)
-    grid = (
-        torch.tensor(
-            [p for p in itertools.product(range(fine + 1), repeat=n - 1) if sum(p) <= fine],
-            dtype=torch.double,
-        )
-        / fine
-    )
+    points = [p for p in itertools.product(range(fine + 1), repeat=n - 1) if sum(p) <= fine]
+    grid = torch.tensor(points, dtype=torch.double) / fine
     w = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], dim=1)
     for _ in range(10):
         grads = torch.randn(n, 6, dtype=torch.double, generator=generator)
-        mean = grads.mean(0)
+        mean, d = grads.mean(0), common.cagrad(grads)
         dual = ((w @ grads) @ mean + 0.5 * mean.norm() * (w @ grads).norm(dim=1)).min().item()
-        d = common.cagrad(grads)
         assert (d - mean).norm() <= 0.5 * mean.norm() * (1 + 1e-6)
-        assert (grads @ d).min().item() == pytest.approx(
-            dual, abs=2e-3
-        )  # no duality gap: the worst product is the dual
+        assert (grads @ d).min().item() == pytest.approx(dual, abs=2e-3)    # no duality gap
 
 
-@pytest.mark.parametrize("surgery", [common.pcgrad, common.imtl, common.cagrad])
-@pytest.mark.parametrize(
-    "grads",
-    [
-        torch.zeros(3, 4),
-        torch.randn(1, 4),
-        torch.tensor([[1.0, 0], [0, 0]]),
-        torch.tensor([[1.0, 0], [-1, 0]]),
-    ],
-    ids=str,
-)
-def test_surgeries_keep_dtype_and_input_and_stay_finite(surgery, grads):
-    before = grads.clone()
-    result = surgery(grads)
-    assert (
-        result.shape == grads[0].shape
-        and result.dtype == grads.dtype
-        and result.isfinite().all()
-        and torch.equal(grads, before)
-    )
+@pytest.mark.parametrize("surgery", [common.imtl, common.cagrad])
+def test_double_precision_is_for_the_cpu_alone(surgery, monkeypatch):
+    """A GPU may have none (Apple's): only what `.cpu()` returned is made double."""
+    there, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
 
+    def moved(x):
+        there.append(cpu(x).clone())
+        return there[-1]
 
-@pytest.mark.parametrize("surgery", ["pcgrad", "imtl", "cagrad"])
-def test_coop_descends_along_what_the_surgery_returns(small, surgery):
-    args = coop.Args(n_ctx=3, surgery=surgery, epochs=1, lr=0.1, batch_size=6, workers=0)
-    tasks = small_tasks("a", "b")
-    common.seed_everything("start")
-    trained = coop.train(args, small, tasks, Phases()).vectors.detach()
-    common.seed_everything("start")
-    start = coop.build(args, small, tasks)
-    common.seed_everything("test", "train", 0)
-    [(images, labels, task)] = common.batches(args, small, tasks)
-    grads = []
-    for t, one in enumerate(tasks):
-        w = common.encode_text(small, common.tokenize(one.class_names, 3), start.text_prompts())
-        scores = common.logits(small, common.encode_image(small, images[task == t]), w)
-        loss = torch.nn.functional.cross_entropy(scores, labels[task == t])
-        grads.append(torch.autograd.grad(loss, start.vectors)[0].flatten())
-    direction = getattr(common, surgery)(torch.stack(grads)) * (1 if surgery == "pcgrad" else 2)
-    v = start.vectors.detach()
-    wanted = v - 0.1 * (direction.view_as(v) + 5e-4 * v)
-    assert (trained - wanted).abs().max() < 1e-3 * max(1, direction.abs().max())
+    def doubled(x):
+        assert any(x is one for one in there)
+        return double(x)
 
-
-def test_imtl_of_nearly_parallel_gradients_in_single_precision_is_that_in_double():
-    g = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    grads = torch.stack(
-        [g, 1.3 * g + 1e-3 * torch.randn(40, generator=torch.Generator().manual_seed(1))]
-    )
-    assert common.imtl(grads).tolist() == pytest.approx(
-        common.imtl(grads.double()).tolist(), rel=1e-3, abs=1e-4
-    )
+    monkeypatch.setattr(torch.Tensor, "cpu", moved)
+    monkeypatch.setattr(torch.Tensor, "double", doubled)
+    assert surgery(torch.randn(3, 5)).dtype == torch.float32 and there
 
 
 def test_cagrad_with_twenty_tasks_is_solved_to_a_hundredth():
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        grads = torch.randn(20, 30, dtype=torch.double, generator=generator) * (
-            1 + 3 * torch.rand(20, 1, generator=generator)
-        )
-        worst = [(grads @ common.cagrad(grads, steps=steps)).min().item() for steps in (300, 5000)]
-        assert worst[0] == pytest.approx(worst[1], abs=0.01 * abs(worst[1]) + 1e-3)
+        grads = torch.randn(20, 30, dtype=torch.double, generator=generator)
+        grads *= 1 + 3 * torch.rand(20, 1, generator=generator)
+        found, best = ((grads @ common.cagrad(grads, steps=n)).min().item() for n in (300, 5000))
+        assert found == pytest.approx(best, abs=0.01 * abs(best) + 1e-3)
+
+
+@pytest.mark.parametrize("surgery", [common.pcgrad, common.imtl, common.cagrad])
+@pytest.mark.parametrize("grads", [[[0, 0], [0, 0], [0, 0]], [[3, -1]], [[1, 0], [0, 0]],
+                                   [[1, 0], [-1, 0]]], ids=str)
+def test_surgeries_keep_dtype_and_input_and_stay_finite(surgery, grads):
+    given = torch.tensor(grads, dtype=torch.float)
+    result = surgery(given)
+    assert result.shape == (2,) and result.dtype == torch.float and result.isfinite().all()
+    assert given.tolist() == grads
+
+
+@pytest.mark.parametrize("batches", ["tasks", "mixed"])
+@pytest.mark.parametrize("surgery", ["pcgrad", "imtl", "cagrad"])
+def test_coop_descends_along_what_the_surgery_returns(small, surgery, batches):
+    """The averages of IMTL-G and CAGrad times the tasks that have images in the step: of the four
+    mixed steps one has both."""
+    args = coop.Args(n_ctx=3, surgery=surgery, epochs=1, lr=0.01, batches=batches, workers=0,
+                     batch_size=dict(tasks=6, mixed=2)[batches])
+    tasks = small_tasks("a", "b")
+    tasks[1].train = tasks[1].train.subset(range(dict(tasks=6, mixed=1)[batches]))
+    common.seed_everything("start")
+    trained = coop.train(args, small, tasks, Phases()).vectors
+    common.seed_everything("start")
+    start = 0.02 * torch.randn(1, 3, 64)
+    v, momentum, order = start, 0, torch.Generator().manual_seed(1_000_003)
+    common.seed_everything("test", "train", 0)
+    steps = list(common.batches(args, small, tasks))
+    assert len(steps) == dict(tasks=1, mixed=4)[batches]
+    for images, labels, task in steps:
+        v, grads = v.detach().requires_grad_(), []
+        for t in task.unique():
+            w = common.encode_text(small, common.tokenize(tasks[t].class_names, 3), v)
+            scores = common.logits(small, common.encode_image(small, images[task == t]), w)
+            loss = torch.nn.functional.cross_entropy(scores, labels[task == t])
+            grads.append(torch.autograd.grad(loss, v)[0].flatten())
+        if surgery == "pcgrad":
+            direction = common.pcgrad(torch.stack(grads), order)
+        else:
+            direction = len(grads) * getattr(common, surgery)(torch.stack(grads))
+        momentum = 0.9 * momentum + direction.view_as(v) + 5e-4 * v
+        v = v - 0.01 * momentum
+    assert (trained - v).abs().max() < 1e-3 * (v - start).abs().max()
+
+
+# ----------------------------------------------------------------------------------- learning rates
+
+def rates(method, **changes):
+    """The learning rate of every epoch, as a training takes it."""
+    args = common.load_method(method).Args(epochs=4, lr=0.2, **changes)
+    optimizer, schedule = common.sgd(args, torch.nn.Linear(1, 1))
+    found = []
+    for _ in range(args.epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("method", ["coop_mt", "vpt_mt", "maple_mt", "mmap", "hipro"])
+def test_the_rate_is_a_cosine_that_begins_behind_the_warm_up(method):
+    """0.2 (1 + cos(k pi / 4)) / 2 for k = 0..3; CoOp's 1e-5 in the place of each warm-up epoch."""
+    cosine = [0.2, 0.1 + 0.1 * math.sqrt(0.5), 0.1, 0.1 - 0.1 * math.sqrt(0.5)]
+    assert rates(method) == pytest.approx(cosine)
+    assert rates(method, warm_up=1) == pytest.approx([1e-5, *cosine[:3]])
+    assert rates(method, warm_up=3) == pytest.approx([1e-5, 1e-5, 1e-5, 0.2])
+
+
+@pytest.mark.parametrize("method", ["coop_mt", "vpt_mt", "maple_mt"])
+def test_jscpts_column_of_the_baselines_has_a_fixed_rate(method):
+    assert rates(method, schedule="constant") == [0.2] * 4
+
+
+def test_sgd_has_the_momentum_and_the_weight_decay_of_dassl():
+    """Two steps with gradient 1 from p = 2: v = 1 + 5e-4 p, then 0.9 v + 1 + 5e-4 p."""
+    module = torch.nn.ParameterList([torch.tensor([2.0], dtype=torch.double)])
+    optimizer, _ = common.sgd(coop.Args(lr=0.1, epochs=1), module)
+    module[0].grad = torch.ones(1, dtype=torch.double)
+    p, v = 2.0, 0.0
+    for _ in range(2):
+        optimizer.step()
+        v = 0.9 * v + 1 + 5e-4 * p
+        p -= 0.1 * v
+        assert module[0].item() == pytest.approx(p, rel=1e-12)

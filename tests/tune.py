@@ -51,17 +51,9 @@ class Tune:
 
 def epochs_of(words):
     """The epochs of a command at `tiny`."""
-    kept, found = common.run_seeds, []
-    common.run_seeds = lambda args, *rest, **named: found.append(args)
-    try:
-        file, *rest = words
-        if file == "common.py":
-            common.commands(rest)
-        else:
-            common.load_method(file.removesuffix(".py")).main(rest)
-    finally:
-        common.run_seeds = kept
-    return found[0].epochs
+    file, *rest = words
+    name = rest.pop(0) if file == "common.py" else file.removesuffix(".py")
+    return common.parse(common.method_of(name), rest).epochs
 
 
 def held_out(words, lr, epochs, seeds, out):

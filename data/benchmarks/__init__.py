@@ -3,10 +3,10 @@
 To add a benchmark, write a function of the root folder that returns listings, and name it here.
 """
 import difflib
+import os
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, expand
 from . import cifar100, coop, domains, elevater, emoji, folders
 
 FAMILIES = (emoji, domains, cifar100, coop, elevater)
@@ -17,7 +17,7 @@ DOWNLOADS = {**cifar100.DOWNLOADS, **coop.DOWNLOADS, **elevater.DOWNLOADS}
 def names_of(data):
     """The parts of `--data`: a folder (whose name may have a comma), or names joined by commas."""
     data = str(data)
-    if Path(data).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(data)):
         return [data]
     return [name.strip() for name in data.split(",")]
 
@@ -27,10 +27,10 @@ def absolute(data):
     found = []
     for name in names_of(data):
         task, sign, path = name.partition("=")
-        if sign and not Path(name).exists():
-            found.append(f"{task}={Path(path).expanduser().absolute()}")
-        elif name.split(":")[0] not in BENCHMARKS and Path(name).expanduser().exists():
-            found.append(str(Path(name).expanduser().absolute()))
+        if sign and not os.path.exists(name):
+            found.append(f"{task}={expand(path)}")
+        elif name.split(":")[0] not in BENCHMARKS and os.path.exists(os.path.expanduser(name)):
+            found.append(str(expand(name)))
         else:
             found.append(name)
     return ",".join(found)
@@ -44,12 +44,12 @@ def find(name, root):
         listings = BENCHMARKS[benchmark](root)
         return chosen(benchmark, listings, patterns.split("+")) if patterns else listings
     task, sign, path = name.partition("=")
-    if sign and task and path and not Path(name).exists():
-        return [folders.class_tree(task, Path(path).expanduser().absolute())]
-    path = Path(name).expanduser().absolute()
-    if name and path.is_dir():
-        return folders.tree(path)
-    if name and path.exists():
+    if sign and task and path and not os.path.exists(name):
+        return [folders.class_tree(task, expand(path))]
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return folders.tree(expand(path))
+    if os.path.exists(path):
         raise UserError(f"{path} is a file, and --data takes the name of a benchmark or a folder "
                         "domain/class/*.jpg")
     close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.4)

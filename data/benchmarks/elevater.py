@@ -8,9 +8,16 @@ Images are read from the zip files where they are. Where that folder is missing 
 is there, torchvision's split serves.
 
 Class names (data/class_names/elevater) and templates are the toolkit's, its first of several, and
-so are the metrics. Its validation parts are not used: MVLPT holds out 20% of the few-shot set.
-Images are only resized and cropped at the centre (KITTI: only resized). In VOC 2007 an image has
-several classes; it is drawn for the rarest of them, so that `--shots k` finds k images per class.
+so are the metrics, except that HatefulMemes is scored by accuracy (the toolkit: ROC AUC), as in
+MVLPT's tables, whose cells are multiples of 1/15 %, and in the last version of its program. The
+toolkit's validation parts are not used: MVLPT holds out 20% of the few-shot set. Images are resized
+to a square in training and test, neither cropped nor augmented: MVLPT's program has `CENTER_CROP:
+False` for all twenty. In VOC 2007 an image has several classes; it is drawn for the rarest of them,
+so that `--shots k` finds k images per class.
+
+Every text here ends in one full stop. As published, two datasets' texts do not: PatchCamelyon's
+template has none, and KITTI's class names have their own, so that under learned prompts there are
+two.
 """
 import json
 import os
@@ -42,7 +49,6 @@ class Dataset:
     test: tuple
     labels: str | None = "labels.txt"       # None: the index has the categories
     metric: str = "accuracy"
-    crop: bool = True
     several: bool = False       # whether an image may have several classes
     own: str | None = None      # torchvision's folder, where it has such a split
     coop: str | None = None     # the name of the dataset among CoOp's
@@ -86,10 +92,10 @@ DATASETS = {
         ("train.txt", 26640), ("test.txt", 12630), labels="labelmap.txt", own="gtsrb"),
     "hateful-memes": Dataset(
         "HatefulMemes", "a {}", "hateful_memes_20211014", ("train_meta.json", 8500),
-        ("test_meta.json", 500), labels=None, metric="ROC AUC"),
+        ("test_meta.json", 500), labels=None),
     "kitti-distance": Dataset(
         "KITTI", "{}", "kitti_distance_20210923", ("train_meta.json", 6347),
-        ("test_meta.json", 711), labels=None, crop=False),
+        ("test_meta.json", 711), labels=None),
     "mnist": Dataset(
         "MNIST", 'a photo of the number: "{}"', "mnist_20211008", ("train.txt", 60000),
         ("test.txt", 10000), own="MNIST"),
@@ -153,7 +159,7 @@ def as_listing(name, names, parts, source):
     lacking = {names[k] for k in set.intersection(*held)}
     found = split_listing(data.title, data.template, lists, dict(enumerate(names)), source,
                           f"elevater/{name}", lacking)
-    found.metric, found.augment, found.crop = data.metric, False, data.crop
+    found.metric, found.augment, found.crop = data.metric, False, False
     if data.several:
         found.labels = labels
     return found

@@ -1,5 +1,5 @@
 """Your own data: trees `domain/class/images`, and trees `class/images` that make one task."""
-from pathlib import Path
+import re
 
 from ..errors import UserError
 from ..listing import Listing
@@ -12,19 +12,29 @@ from .lists import (
     plain,
     printable,
     skipped,
+    skipped_runs,
     spoken,
 )
 
-PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
-             testing="test")
+PARTS = dict(train="train", training="train", trainval="train", val="val", valid="val",
+             validate="val", validation="val", dev="val", eval="val", test="test", testing="test")
+# words that may stand beside these; "set" may end any word
+FILLERS = {"", "data", "image", "images", "img", "imgs", "split"}
 
 
 def tree(path):
     """The listings of a folder `domain/class/images`, a task per domain."""
     parts = own_split(path)
     if parts:
-        return [split_tree(spoken(path.name), parts)]
-    domains = {p: printable(p.name) for p in folders(path)}
+        return [split_tree(spoken(path.name), path, parts)]
+    inside = folders(path)
+    divided = [p for p in inside if own_split(p)]
+    if divided:
+        names = ", ".join(p.name for p in own_split(divided[0]).values())
+        remedy = ",".join(f"{printable(p.name)}={p}" for p in inside)
+        raise UserError(f"{divided[0]} has a split of its own ({names}), and the domains of a tree "
+                        f"domain/class/*.jpg have none: give --data {remedy}")
+    domains = {p: printable(p.name) for p in inside}
     return domain_trees(path, domains, "a photo of a {}")
 
 
@@ -34,16 +44,54 @@ def own_split(path):
     Raises UserError where other folders lie beside these or two have one part: taken as tasks, one
     would be trained on another's test images.
     """
-    inside = folders(path)
-    named = [p for p in inside if p.name.lower() in PARTS]
-    parts = {PARTS[p.name.lower()]: p for p in named}
-    if "train" not in parts or len(parts) < 2:
+    inside, alike = folders(path), {}
+    for p in inside:
+        part, rest = part_of(p.name)
+        if part:
+            alike.setdefault(rest, {})[part] = p
+    parts = next((parts for parts in alike.values() if "train" in parts and len(parts) > 1), None)
+    if parts is None:
         return {}
     odd = [p for p in inside if p not in parts.values()]
     if odd:
         raise UserError(f"{path} holds {', '.join(p.name for p in parts.values())}, the parts of a "
                         f"split, and beside them {odd[0].name}: take that folder away")
-    return parts
+    return {part: unwrapped(p) for part, p in parts.items()}
+
+
+def part_of(name):
+    """("train", "val" or "test", the other words) of a folder such as `training_set`, `seg_test` or
+    `val2017`; (None, all words) of one that is no part of a split."""
+    words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.lower())]
+    found = [PARTS[word] for word in words if word in PARTS]
+    rest = [word for word in words if word not in PARTS and word not in FILLERS]
+    return found[0] if found else None, tuple(rest)
+
+
+def unwrapped(path):
+    """A folder, or the one in it where it holds nothing but another of its own name."""
+    inside = folders(path)
+    return inside[0] if [p.name for p in inside] == [path.name] else path
+
+
+def class_names(names):
+    """The class names that the folders of a task say.
+
+    A number in front is a label's, and left out, where every class has one, zero-padded to one
+    width or counting from 0 or 1, and the names differ without it: `001.Black_footed_Albatross`,
+    but not `10_to_19` or `5_euro`. WordNet's number is left out: `n02085620-Chihuahua`.
+    """
+    names = [re.sub(r"^n\d{8}[-_. ]+(?=.)", "", name) for name in names]
+    numbered = re.compile(r"(\d+)[-_. ]+(?!to[-_. ]?\d)([^-_. \d].*)", re.ASCII)
+    found = [numbered.fullmatch(name) for name in names]
+    if all(found):
+        numbers, rest = [match[1] for match in found], [spoken(match[2]) for match in found]
+        padded = len(set(map(len, numbers))) == 1 and any(re.match("0.", x) for x in numbers)
+        counts = [list(range(first, first + len(names))) for first in (0, 1)]
+        counting = sorted(map(int, numbers)) in counts
+        if (padded or counting) and len(set(rest)) == len(rest):
+            return rest
+    return [spoken(name) for name in names]
 
 
 def domain_trees(path, domains, template, names=()):
@@ -80,6 +128,7 @@ def domain_trees(path, domains, template, names=()):
     if stray:
         trees[0].notes.append(f"skipped {counted(stray, 'image')} beside the domains in {path}, "
                               f"such as {stray[0].name}")
+    trees[0].remarks += skipped_runs(path)
     return trees
 
 
@@ -89,7 +138,7 @@ def class_tree(name, path, template="a photo of a {}", names=()):
     check_folder(path)
     parts = own_split(path)
     if parts:
-        return split_tree(name, parts, template)
+        return split_tree(name, path, parts, template)
     inside, depth = folders(path), image_depth(path)
     if depth is None:
         raise UserError(f"{path} holds no images; a task is a tree class/*.jpg")
@@ -99,7 +148,9 @@ def class_tree(name, path, template="a photo of a {}", names=()):
     if depth > 1:
         raise UserError(f"{path} is a level too high; a task is a tree class/*.jpg")
     published, notes = {plain(known): known for known in names}, []
-    named = {p: published.get(plain(p.name), spoken(p.name)) for p in inside}
+    named = {}
+    for p, own in zip(inside, class_names([p.name for p in inside])):
+        named[p] = published.get(plain(p.name), own)
     classes = sorted(inside, key=named.get)
     for one, other in zip(classes, classes[1:]):
         if named[one] == named[other]:
@@ -110,17 +161,21 @@ def class_tree(name, path, template="a photo of a {}", names=()):
         notes += skipped(folder)
         if not images:
             raise UserError(f"class folder {folder} holds no images that can be read: add some or "
-                            "take it away")
+                            "remove it")
     stray = images_in(path)
     if stray:
         notes.append(f"skipped {counted(stray, 'image')} beside the classes in {path}, such as "
                      f"{stray[0].name}")
-    return Listing(name, [named[p] for p in classes], template, items, draw=name, notes=notes)
+    return Listing(name, [named[p] for p in classes], template, items, draw=name, notes=notes,
+                   remarks=skipped_runs(path))
 
 
-def split_tree(name, parts, template="a photo of a {}"):
-    """One listing from `{train,val,test}/class/images`, torchvision's ImageFolder layout."""
-    trees = {part: class_tree(name, Path(path), template) for part, path in parts.items()}
+def split_tree(name, path, parts, template="a photo of a {}"):
+    """One listing from `{train,val,test}/class/images`, torchvision's ImageFolder layout.
+
+    parts: the folders of train, val and test below `path`.
+    """
+    trees = {part: class_tree(name, folder, template) for part, folder in parts.items()}
     train = trees["train"]
     for part, one in trees.items():
         if one.class_names != train.class_names:
@@ -128,10 +183,12 @@ def split_tree(name, parts, template="a photo of a {}"):
             raise UserError(f"{parts['train']} and {parts[part]} have other classes ('{odd[0]}' is "
                             "in one of them only): a split needs the same classes on every side")
     notes = [note for one in trees.values() for note in one.notes]
-    folder = Path(parts["train"]).parent
-    remark = f"{folder} is taken as one task, {name}, with its own split into {', '.join(trees)}"
+    remarks = [f"{path} is taken as one task, {name}, with its own split into {', '.join(trees)}"]
+    remarks += skipped_runs(path)
+    for one in trees.values():
+        remarks += one.remarks
     found = Listing(name, train.class_names, template, train.items, draw=name, notes=notes,
-                    remarks=[remark])
+                    remarks=remarks)
     if "test" in trees:
         found.test = trees["test"].items
         found.val = trees["val"].items if "val" in trees else None

@@ -1,4 +1,5 @@
 """Folders of images and lists of them: what the modules that find benchmarks share."""
+import json
 import os
 import re
 import unicodedata
@@ -9,10 +10,9 @@ from ..listing import Listing, images_of
 
 
 def spoken(name):
-    """A folder's name as people say it: `Alarm_Clock` is "alarm clock", `AnnualCrop` "annual crop",
-    and `001.Black_footed_Albatross` "black footed albatross"."""
-    name = re.sub(r"^\d{2,}[._]+(?=\D)", "", printable(name))
-    name = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", name)
+    """A folder's name as people say it: `Alarm_Clock` is "alarm clock", and `AnnualCrop` "annual
+    crop"."""
+    name = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", printable(name))
     return " ".join(name.replace("_", " ").split()).lower()
 
 
@@ -33,9 +33,38 @@ def counted(things, noun):
 
 
 def folders(path):
-    """The folders in a folder, sorted by name, hidden ones and a Mac's leavings left out."""
-    found = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
-    return sorted(found, key=lambda p: p.name.lower())
+    """The folders in a folder, sorted by name, without hidden ones, what a Mac leaves, and those of
+    this project's runs."""
+    return [p for p in all_folders(path) if not holds_runs(p)]
+
+
+def all_folders(path):
+    """The folders in a folder, sorted by name, without hidden ones and what a Mac leaves."""
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+    names = [name for name in names if not name.startswith((".", "__MACOSX"))]
+    return [path / name for name in sorted(names, key=str.lower)]
+
+
+def holds_runs(path):
+    """Whether a folder is that of a run or a table of this project, or holds nothing else."""
+    if os.path.isfile(path / "table.md") and os.path.isfile(path / "table.csv"):
+        return True
+    try:
+        if os.path.isfile(path / "settings.json"):
+            return "method" in json.loads((path / "settings.json").read_text(encoding="utf-8"))
+        inside = all_folders(path)
+        return bool(inside) and all(map(holds_runs, inside)) and not images_in(path)
+    except (OSError, ValueError, TypeError):        # not ours, or not to be looked into
+        return False
+
+
+def skipped_runs(path):
+    """A remark, in a list, on the folders of runs in a folder, which are taken for no images."""
+    runs = [p for p in all_folders(path) if holds_runs(p)]
+    if not runs:
+        return []
+    return [f"skipped {counted(runs, 'folder')} of runs in {path}, such as {runs[0].name}"]
 
 
 def images_in(path):

@@ -24,10 +24,13 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import packaging.version
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -407,4 +410,6 @@ def main():
 
 
 if __name__ == "__main__":
+    # clip imports `packaging` from pkg_resources, which newer releases of setuptools no longer have
+    sys.modules["pkg_resources"] = SimpleNamespace(packaging=packaging)
     main()

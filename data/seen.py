@@ -1,0 +1,106 @@
+"""Was this image trained on? Three places ask: `load_tasks` of its own lists, a resumed run of the
+data it was started on, and whoever scores prompts that were trained before.
+
+The first compares files, links resolved, and reads none. The others compare by content: another
+name, folder or link does not make another image.
+"""
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .errors import UserError, brief, warn_once
+from .images import _zip_file, shown
+from .listing import file_of
+
+
+def digest(item):
+    """A hash (int64) of an image of an `Images` list: of the bytes of its file, or of its member of
+    a zip file; of the pixels of an array.
+
+    Of any other item its place counts, such as the number of a drawing in a sheet: eight of the
+    built-in drawings look like another one. Raises UserError where a file cannot be read.
+    """
+    if isinstance(item, np.ndarray):
+        return hashed(item.tobytes())
+    try:
+        if isinstance(item, (str, Path)):
+            return hashed(Path(item).read_bytes())
+        if isinstance(item, tuple) and isinstance(item[-1], str):
+            archive, member = item
+            return hashed(_zip_file(archive, os.getpid()).read(member))
+    except Exception as error:                  # zipfile raises zlib.error, RuntimeError and others
+        raise UserError(f"{shown(item)} cannot be read ({brief(error)}): replace it or "
+                        "remove it") from error
+    return hashed(repr(name_of(item)).encode())
+
+
+def hashed(content):
+    """The first 64 bits of the SHA-1 of some bytes, as a signed integer."""
+    return int.from_bytes(hashlib.sha1(content).digest()[:8], "big", signed=True)
+
+
+def name_of(item):
+    """What an image is called in its folder, zip file or sheet, wherever that lies."""
+    if isinstance(item, (str, Path)):
+        return Path(item).name
+    if isinstance(item, tuple):
+        folder, *place = item
+        return Path(folder).name, *place
+    return digest(item) if isinstance(item, np.ndarray) else item
+
+
+def digests(images):
+    """The digest of each image of an `Images` list, int64 [n]."""
+    items = tqdm(images.items, desc="compare", delay=2, leave=False, disable=None)
+    return torch.tensor([digest(item) for item in items], dtype=torch.long)
+
+
+def trained_on(tasks):
+    """The digests, int64 [n], of all images that a training on tasks sees. Held-out images are
+    among them, because they choose its checkpoint."""
+    lists = [images for task in tasks for images in (task.train, task.val) if images]
+    return torch.cat([torch.zeros(0, dtype=torch.long), *map(digests, lists)])
+
+
+def tested(task, seen):
+    """The names of a task's test images that are among `seen`, a set of digests."""
+    found = digests(task.test).tolist()
+    return [f"image {i}" if isinstance(item, np.ndarray) else shown(item)
+            for i, item in enumerate(task.test.items) if found[i] in seen]
+
+
+def contents(task):
+    """What has to be found again where a run goes on: the class names and a hash of the images,
+    those that are trained on by content, those that are tested by name, wherever they lie."""
+    names = [name_of(item) for item in task.test.items]
+    images = [trained_on([task]).tolist(), task.train.labels, names, task.test.labels]
+    return [*task.class_names, hashlib.sha1(repr(images).encode()).hexdigest()]
+
+
+def reject_both_sides(tasks):
+    """Raise UserError where one task is trained on and tested on one file, links resolved. Where it
+    is a training image of another task, one line on stderr."""
+    trained, tested = {}, []
+    for task in tasks:
+        sides_of = {}
+        sides = dict(training=task.train, test=task.test, validation=task.val)
+        for side, images in sides.items():
+            for item in images.items if images else ():
+                if not isinstance(item, (str, Path, tuple)):
+                    break
+                image = item if isinstance(item, tuple) else file_of(item)
+                if sides_of.setdefault(image, side) != side:
+                    raise UserError(f"{shown(item)} of {task.name} is both a {sides_of[image]} and "
+                                    f"a {side} image: take it out of one")
+                if side == "training":
+                    trained.setdefault(image, task.name)
+                elif side == "test":
+                    tested.append((image, task.name))
+    shared = [(name, trained[image]) for image, name in tested if trained.get(image, name) != name]
+    if shared:
+        warn_once(f"{len(shared):,} test images are training images of another task, such as one "
+                  f"of {shared[0][0]} in {shared[0][1]}: prompts that tasks share have seen them")

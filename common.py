@@ -1602,7 +1602,7 @@ def main(method, argv=None):
         scores[seed] = scores_of(one, method, model, tasks[seed], trained)
         if run:
             run.finish_seed(scores[seed])
-    result = gather(settings, first, model, scores)
+    result = gather(settings, tasks, model, scores)
     if run:
         run.finish(result, method.plot)
     else:
@@ -1783,13 +1783,15 @@ UNSAID = dict(batches="tasks", views=0, min_crop=0.08, warm_up=0)
 
 def gather(settings, tasks, model, scores):
     """What result.json holds, from each seed's scores; a method's own key is a list over seeds."""
-    names, done = [task.name for task in tasks], [scores[seed] for seed in settings["seeds"]]
+    done, first = [scores[seed] for seed in settings["seeds"]], tasks[settings["seeds"][0]]
+    names = [task.name for task in first]
     zero_shot = {n: [d["zero_shot"][i] for d in done] for i, n in enumerate(names)}
     result = {key: settings[key] for key in ("method", "data", "split", "shots", "clip")}
     result.update(
         seeds=list(settings["seeds"]),
         tasks=names,
-        metrics={task.name: getattr(task.metric, "__name__", task.metric) for task in tasks},
+        tests=[datasets.tests_of(tasks[seed]) for seed in settings["seeds"]],
+        metrics={task.name: getattr(task.metric, "__name__", task.metric) for task in first},
         zero_shot={n: statistics.mean(values) for n, values in zero_shot.items()},
         zero_shot_by_seed=zero_shot,
         accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
@@ -2339,7 +2341,7 @@ class TableArgs:
     plot: bool = False  # also draw accuracy against parameters and against shots into --out
 
 
-COLUMN = [key for key in SETTINGS if key not in ("data", "split", "shots", "clip")]
+COLUMN = [key for key in (*SETTINGS, "precision") if key not in ("data", "split", "shots", "clip")]
 
 
 def table(argv):
@@ -2397,12 +2399,29 @@ def read_runs(folders):
     if not rows:
         raise UserError(f"no finished run on test images in {', '.join(map(str, folders))}: a run "
                         "writes its result.json at its end")
-    runs = pandas.DataFrame(rows)
+    runs = by_tests(pandas.DataFrame(rows))
     same = ["title", "key", "seed", "task"]
     for folder in runs[runs.duplicated(same, keep="last")].folder.unique():
         print(f"{folder} has a seed that a later run has, too: the later one counts",
               file=sys.stderr)
     return labelled(runs.drop_duplicates(same, keep="last"))
+
+
+def by_tests(runs):
+    """The runs; where some of one title scored other classes or test images at a seed than those
+    before them, they have a title, and so a table, of their own."""
+    groups = {}                                 # title -> [{seed: what was scored}]
+    for (title, _), part in runs.groupby(["title", "folder"], sort=False):
+        tests, known = dict(zip(part.seed, part.tests)), groups.setdefault(title, [])
+        fits = [all(group.get(seed, mark) == mark for seed, mark in tests.items())
+                for group in known]
+        place = fits.index(True) if True in fits else len(known)
+        if place == len(known):
+            known.append({})
+        known[place].update(tests)
+        if place:
+            runs.loc[part.index, "title"] = f"{title}, other test images ({place + 1})"
+    return runs
 
 
 def rows_of(result):
@@ -2412,7 +2431,7 @@ def rows_of(result):
         size = f"{result['shots']} shot{'s' * (result['shots'] > 1)}"
     if result["split"] is not None:
         size = f"split {result['split']}"
-    shared = {key: result["settings"].get(key) for key in SETTINGS}
+    shared = {key: result["settings"].get(key) for key in (*SETTINGS, "precision")}
     shared.update(title=f"{result['data']}, {size}, {result['clip']}",
                   key=json.dumps([shared[key] for key in COLUMN]),
                   parameters=int(result["trainable_parameters"]))
@@ -2423,7 +2442,8 @@ def rows_of(result):
         for task, before, after in zip([*result["tasks"], "average"],
                                        [*zero_shot, statistics.mean(zero_shot)],
                                        [*accuracy, statistics.mean(accuracy)]):
-            rows.append(dict(shared, task=task, seed=seed, zero_shot=before, accuracy=after))
+            rows.append(dict(shared, task=task, seed=seed, tests=result["tests"][i],
+                             zero_shot=before, accuracy=after))
     return rows
 
 

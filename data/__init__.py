@@ -13,10 +13,10 @@ from .images import (
     rendered,
 )
 from .listing import Listing
-from .seen import contents, tested, trained_on
+from .seen import contents, tested, tests_of, trained_on
 from .tasks import Task, built_in_shots, find_listings, hold_out, load_tasks, with_held_out
 
 __all__ = ["Images", "Listing", "Task", "UserError", "Views", "absolute", "brief", "built_in_shots",
            "contents", "expand", "find_listings", "hold_out", "in_order", "keep_all",
            "label_tensor", "load_tasks", "nearest", "normalise", "plan", "read_image", "rendered",
-           "tested", "trained_on", "with_held_out"]
+           "tested", "tests_of", "trained_on", "with_held_out"]

@@ -81,6 +81,13 @@ def contents(task):
     return [*task.class_names, hashlib.sha1(repr(images).encode()).hexdigest()]
 
 
+def tests_of(tasks):
+    """A mark of what is scored: the tasks' classes and test images, by name, wherever they lie."""
+    found = [[task.name, task.class_names, task.test.labels, *map(name_of, task.test.items)]
+             for task in tasks]
+    return hashlib.sha1(repr(found).encode()).hexdigest()[:12]
+
+
 def reject_both_sides(tasks):
     """Raise UserError where one task is trained on and tested on one file, links resolved. Where it
     is a training image of another task, one line on stderr."""

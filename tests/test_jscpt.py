@@ -504,6 +504,13 @@ def test_dev_shots_come_from_outside_the_training_split_and_leave_the_test_set()
         tuple(jscpt.set_aside(settings(dev_shots=1), tasks, s)[0].val.items) for s in range(9)
     }
     assert len(others) > 1
+    [held_out] = jscpt.set_aside(settings(dev_shots=1, validate=True), tasks, 1)
+    assert held_out is tasks[0]                     # under --validate no other image takes part
+    tasks[0].unused = tasks[0].train.subset([0, 1, 2])
+    [unused] = jscpt.set_aside(settings(dev_shots=1), tasks, 1)
+    assert sorted(unused.val.items) == sorted(tasks[0].unused.items)
+    assert unused.test is tasks[0].test
+    tasks[0].unused = None
     [most] = jscpt.set_aside(settings(dev_shots=4), tasks, 1)
     assert len(most.test) == 3 and sorted(most.test.labels) == [0, 1, 2]  # a class keeps one
 

@@ -91,13 +91,14 @@ def test_a_papers_number_stands_beside_a_run_with_its_settings_and_no_other(caps
 def write_run(folder, seeds=(1, 2), zero_shot=None, method="coop_mt", **changes):
     """The result.json of a run; accuracy 60 and 62 on A, 40 and 41 on B, zero-shot 50 and 30."""
     settings = dict(method=method, variant=None, data="pets", split=None, shots=4, clip="tiny",
-                    epochs=5, n_ctx=4, validate=False)
+                    epochs=5, n_ctx=4, precision="fp32", validate=False)
     settings.update({key: changes.pop(key) for key in list(changes) if key in settings})
     accuracy = changes.pop("accuracy", dict(A=[60.0, 62.0], B=[40.0, 41.0]))
     usual = dict(A=[50.0] * len(seeds), B=[30.0] * len(seeds))
     result = dict({key: settings[key] for key in ("method", "data", "split", "shots", "clip")},
                   seeds=seeds, tasks=["A", "B"], accuracy=accuracy, trainable_parameters=1234,
-                  zero_shot_by_seed=zero_shot or usual, settings=settings)
+                  zero_shot_by_seed=zero_shot or usual, settings=settings,
+                  tests=changes.pop("tests", [f"of seed {seed}" for seed in seeds]))
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(dict(result, **changes)))
 
@@ -138,6 +139,18 @@ def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     mine = {row["seed"]: float(row["accuracy"]) for row in rows
             if (row["label"], row["task"], row["shots"]) == first}
     assert len(rows) == 24 and mine == {"1": 50.0, "2": 51.5, "3": 54.5}
+
+
+def test_runs_on_other_test_images_or_in_another_precision_stand_apart(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seeds=[2, 3], accuracy=dict(A=[1.0, 1.0], B=[1.0, 1.0]),
+              tests=["others", "of seed 3"])
+    write_run(tmp_path / "c", precision="bf16", seeds=[4], accuracy=dict(A=[2.0], B=[2.0]))
+    rows, _ = table(capsys, tmp_path)
+    titles = [row[0] for row in rows if row[0].startswith("pets")]
+    assert titles == ["pets, 4 shots, tiny", "pets, 4 shots, tiny, other test images (2)"]
+    assert rows[1] == ["zero-shot", "coop_mt, --precision fp32", "coop_mt, --precision bf16"]
+    assert rows[4][1:] == ["40.0 ± 0.0", "50.8 ± 1.1", "2.0"]
 
 
 def test_differences_to_a_baseline_are_paired_by_seed(tmp_path, capsys):

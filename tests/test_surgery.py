@@ -98,24 +98,6 @@ def test_cagrads_dual_is_solved_as_a_grid_search_solves_it(n, fine):
         assert (grads @ d).min().item() == pytest.approx(dual, abs=2e-3)    # no duality gap
 
 
-@pytest.mark.parametrize("surgery", [common.imtl, common.cagrad])
-def test_double_precision_is_for_the_cpu_alone(surgery, monkeypatch):
-    """A GPU may have none (Apple's): only what `.cpu()` returned is made double."""
-    there, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
-
-    def moved(x):
-        there.append(cpu(x).clone())
-        return there[-1]
-
-    def doubled(x):
-        assert any(x is one for one in there)
-        return double(x)
-
-    monkeypatch.setattr(torch.Tensor, "cpu", moved)
-    monkeypatch.setattr(torch.Tensor, "double", doubled)
-    assert surgery(torch.randn(3, 5)).dtype == torch.float32 and there
-
-
 def test_cagrad_with_twenty_tasks_is_solved_to_a_hundredth():
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)

@@ -124,7 +124,7 @@ DATA = [
     ("coop_mt", "--data shapes/drawn/cup --split 0.4", "domain/class/*.jpg ... two levels up"),
     ("coop_mt", "--data x=shapes --split 0.4", "too high ... class/*.jpg"),
     ("coop_mt", "--data x=shapes/drawn/cup --split 0.4", "one level up ... class/*.jpg"),
-    ("coop_mt", "--data hole --split 0.4", "painted/cup holds no images ... add some or take it"),
+    ("coop_mt", "--data hole --split 0.4", "painted/cup holds no images ... add some or remove it"),
     ("coop_mt", "--data gap --split 0.4", "gap/traced holds no images"),
     ("coop_mt", "--data empty --split 0.4", "empty holds no images ... domain/class/*.jpg"),
     ("coop_mt", "--data sock --split 0.5", "class 'sock' ... drawn ... not in painted ... name="),

@@ -152,7 +152,7 @@ NUMBERS = [
     *[("coop_mt", f"{flag}={n}", f"{flag} must be at least 1, not {n}")
       for flag in ("--epochs", "--batch-size", "--n-ctx") for n in (0, -3)],
     ("coop_mt", "--views=-1", "--views must be at least 0, not -1"),
-    ("coop_mt", "--warm-up 1", "--warm-up 1 leaves nothing of --epochs 1"),
+    ("coop_mt", "--warm-up 2 --epochs 2", "--warm-up 2 leaves nothing of --epochs 2"),
     ("coop_mt", "--workers=-1", "--workers must be at least 0, not -1"),
     *[("coop_mt", f"--lr={rate}", f"--lr must be above 0, not {float(rate)}")
       for rate in ("0", "-0.1", "nan", "inf")],

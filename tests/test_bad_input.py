@@ -298,7 +298,7 @@ MVLPT = [("mvlpt", f"{SMALL} --prompt coop {words}", says) for words, says in (
     ("--heads 2", "--heads, --layers and --width are of --prompt upt, not coop"),
     ("--prompt upt --heads 3", "--width 128 is not a multiple of --heads 3"),
     ("--prompt upt --layers 0", "--layers must be at least 1"),
-    ("--prompt tpu", "--prompt"),
+    ("--prompt tpu", "'--prompt'. Expected one of ('coop', 'vpt', 'upt')"),
     ("--n-ctx 75", "75 context vectors"),
     *[(f"--prompt {kind} --clip RN50", "RN50 has a ResNet ... ViT-B/16") for kind in ("vpt", "upt")]
 )]
@@ -445,7 +445,8 @@ def test_no_file_that_a_prompts_pt_names_is_run(runs, refused):
 # --------------------------------------------------------------------- what a rejected run leaves
 
 
-@pytest.mark.parametrize("name", common.Run.FILES)
+@pytest.mark.parametrize("name", ["settings.json", "result.json", "prompts.pt", "log.csv",
+                                  "checkpoint.pt", "finished.pt"])
 def test_an_out_that_holds_any_file_of_a_run_is_left_as_it_is(name, place, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("another's")

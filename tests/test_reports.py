@@ -204,18 +204,22 @@ def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, cap
 
 def test_figures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, monkeypatch):
     for shots, low in ((1, 50.0), (4, 60.0)):
-        write_run(tmp_path / f"{shots}", shots=shots, accuracy=dict(A=[low, low + 2], B=[low, low]))
+        accuracy = dict(A=[low, low + 2], B=[low, low])
+        write_run(tmp_path / f"{shots}", shots=shots, accuracy=accuracy)
     drawn = {}
     plt = common.pyplot()
     with monkeypatch.context() as patch:
         patch.setattr(plt, "close", lambda figure: None)
         common.commands(f"table {tmp_path} --out {tmp_path}/out --plot".split())
-    for axis in (axis for number in plt.get_fignums() for axis in plt.figure(number).axes):
-        lines = [line.get_data() for line in axis.lines]
-        drawn[axis.get_xlabel(), axis.get_title()] = [(list(x), list(y)) for x, y in lines]
+    for number in plt.get_fignums():
+        for axis in plt.figure(number).axes:
+            lines = [line.get_data() for line in axis.lines]
+            lines = [(list(x), list(y)) for x, y in lines]
+            drawn[axis.get_xlabel(), axis.get_title()] = lines
     plt.close("all")
     first = drawn["images per class", "pets, tiny: A"]
-    assert ([1, 4], [51.0, 61.0]) in first and ([1, 4], [50.0, 50.0]) in first      # zero-shot CLIP
+    assert ([1, 4], [51.0, 61.0]) in first
+    assert ([1, 4], [50.0, 50.0]) in first      # zero-shot CLIP
     assert ([1, 4], [50.5, 60.5]) in drawn["images per class", "pets, tiny: average"]
     assert ([1234], [50.5]) in drawn["trainable parameters", "pets, 1 shot, tiny"]
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -287,12 +291,14 @@ def test_the_probe_is_scikit_learns_regression_with_a_strength_from_held_out_ima
         assert len(held) == 3
         losses, (x, y) = {}, unit(held)
         for C in (0.01, 0.1, 1, 10, 100, 1000, 10_000, 100_000):
-            chance = LogisticRegression(C=C, max_iter=1000).fit(*unit(rest)).predict_proba(x)
-            losses[C] = -sum(math.log(max(p[k], 1e-20)) for p, k in zip(chance, y))
+            fitted = LogisticRegression(C=C, max_iter=1000).fit(*unit(rest))
+            chance = fitted.predict_proba(x)[range(len(y)), y]
+            losses[C] = -sum(math.log(max(p, 1e-20)) for p in chance)
         best = min(losses, key=losses.get)
         assert result["C"][0][i] == pytest.approx(best)
-        hits = LogisticRegression(C=best, max_iter=1000).fit(*unit(task.train))
-        assert result["accuracy"][task.name] == [100 * hits.score(*unit(task.test))]
+        fitted = LogisticRegression(C=best, max_iter=1000).fit(*unit(task.train))
+        hits = fitted.score(*unit(task.test))
+        assert result["accuracy"][task.name] == [100 * hits]
     assert result["trainable_parameters"] == 2 * 3 * (32 + 1)
     table = capsys.readouterr().out.split("\n\n")[1]
     common.commands(["probe", "--eval", f"{tmp_path}/run/prompts.pt"])
@@ -308,9 +314,11 @@ def test_of_two_classes_the_probe_has_scikit_learns_chances_and_none_for_a_third
     probe = common.PROBE.train(args, small, [task], Phases())
     x, _, y = common.image_features(small, task.train, workers=0)
     x = F.normalize(x, dim=-1)
-    found = common.PROBE.classify(args, small, [task], probe)["classifiers"][0](x).softmax(-1)
-    expected = LogisticRegression(C=probe.C.item(), max_iter=1000).fit(x.numpy(), y.numpy())
-    assert found[:, :2].tolist() == pytest.approx(expected.predict_proba(x.numpy()), abs=1e-5)
+    [classifier] = common.PROBE.classify(args, small, [task], probe)["classifiers"]
+    found = classifier(x).softmax(-1)
+    x, y, C = x.numpy(), y.numpy(), probe.C.item()
+    expected = LogisticRegression(C=C, max_iter=1000).fit(x, y).predict_proba(x)
+    assert found[:, :2].tolist() == pytest.approx(expected, abs=1e-5)
     assert (found[:, 2] == 0).all()
 
 
@@ -329,8 +337,9 @@ def test_zero_shot_ends_with_the_closing_table_and_a_result(place, tmp_path, cap
         task = common.load_tasks(f"{folder}/shapes", shots=3, seed=seed)[1]
         w = common.ensemble(model, task.class_names, common.templates_of(task, "no benchmark"))
         x, _, y = common.image_features(model, task.test)
-        hits = (common.logits(model, x, w).argmax(-1) == y).double().mean().item()
-        assert result["accuracy"]["painted"][i] == pytest.approx(100 * hits)
+        hits = common.logits(model, x, w).argmax(-1) == y
+        expected = 100 * hits.double().mean().item()
+        assert result["accuracy"]["painted"][i] == pytest.approx(expected)
     rows, _ = table(capsys, tmp_path / "runs")
     assert rows[1] == ["zero-shot", "zero_shot (with --templates ensemble)"]
 
@@ -430,9 +439,10 @@ def test_predictions_are_the_probabilities_computed_by_hand_and_need_no_dataset(
     for file, block, row in zip(files, blocks, expected):
         path, *lines = block.split("\n")
         best = row.argsort(descending=True)[:5].tolist()
-        assert path == file and [line[6:].strip() for line in lines] == [CLASSES[k] for k in best]
-        assert [float(line[:6]) for line in lines] == pytest.approx(
-            [100 * row[k].item() for k in best], abs=0.06)
+        assert path == file
+        assert [line[6:].strip() for line in lines] == [CLASSES[k] for k in best]
+        chances = [100 * row[k].item() for k in best]
+        assert [float(line[:6]) for line in lines] == pytest.approx(chances, abs=0.06)
 
 
 def test_the_prompts_of_single_tasks_predict_their_own_task(place, tmp_path, capsys):

@@ -1276,13 +1276,13 @@ def load_json(path, *keys):
 
 
 def load_prompts(path, name=None):
-    """A run's prompts.pt: its method, settings, tasks, templates, trained_on and prompts.
+    """A run's prompts.pt: its method, settings, tasks, templates, contents, trained_on, prompts.
 
     Raises UserError where it is damaged, or of another method than `name`.
     """
     path = datasets.expand(path)
-    saved = load_saved(path, "method", "settings", "tasks", "templates", "crops", "trained_on",
-                       "prompts")
+    saved = load_saved(path, "method", "settings", "tasks", "templates", "crops", "contents",
+                       "trained_on", "prompts")
     if name not in (None, saved["method"]):
         with usable(path):
             raise UserError(f"{path} holds prompts of {saved['method']}, not of {name}: use "
@@ -1342,8 +1342,10 @@ class Run:
             saved = load_prompts(prompts)
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
-    def open(self, found):
-        """Make the folder and note the settings; `found` are the tasks' `contents`, by seed."""
+    def open(self, tasks):
+        """Make the folder and note the settings, and what `tasks` (by seed) hold."""
+        found = {seed: list(map(datasets.contents, own)) for seed, own in tasks.items()}
+        self.seen = {seed: datasets.trained_on(own) for seed, own in tasks.items()}
         if self.finished["contents"] not in ({}, found):
             raise UserError(f"{self.folder / 'finished.pt'} does not fit the data as it is now "
                             "(tasks, classes or images): start the run again in another --out")
@@ -1449,14 +1451,14 @@ class Run:
         writer.writerows(rows)
         write_whole(self.folder / "log.csv", text.getvalue())
 
-    def save_prompts(self, trained, tasks, sources):
+    def save_prompts(self, trained, tasks):
         """Keep a seed's prompts, {task or "": module}, before anything else can fail."""
         states = {name: state_on_cpu(prompts) for name, prompts in trained.items()}
         self.prompts[self.seed] = states.get("", states)
-        self.trained_on[self.seed] = datasets.trained_on(tasks + sources)
+        self.trained_on[self.seed] = self.seen[self.seed]
         save_whole(self.folder / "prompts.pt", dict(
             method=self.settings["method"], settings=self.settings, prompts=self.prompts,
-            trained_on=self.trained_on,
+            trained_on=self.trained_on, contents=self.finished["contents"],
             tasks={task.name: list(task.class_names) for task in tasks},
             templates={task.name: task.template for task in tasks},
             crops={task.name: task.test.crop for task in tasks}))
@@ -1579,8 +1581,7 @@ def main(method, argv=None):
     for unit in list(units(args, first).values())[:1]:
         method.build(args, model, unit)                         # rejects settings that do not fit
     if run:
-        run.open({seed: [datasets.contents(task) for task in tasks[seed] + sources[seed]]
-                  for seed in args.seeds})
+        run.open({seed: tasks[seed] + sources[seed] for seed in args.seeds})
         length = f"{args.epochs} epochs, " if isinstance(args, TrainArgs) else ""
         print(f"{method.title} on {args.data}: {len(first)} tasks, {length}{args.clip}, "
               f"{args.device} -> {run.folder}", flush=True)
@@ -1598,7 +1599,7 @@ def main(method, argv=None):
                 trained[name] = method.build(one, model, unit)
                 restore(trained[name], saved["prompts"][seed], name, args.eval)
         if run:
-            run.save_prompts(trained, tasks[seed], sources[seed])
+            run.save_prompts(trained, tasks[seed])
         scores[seed] = scores_of(one, method, model, tasks[seed], trained)
         if run:
             run.finish_seed(scores[seed])
@@ -1709,7 +1710,7 @@ def reject_seen(tasks, seen, owner):
 
 def check_saved(args, method, saved, tasks, seed):
     """Raise UserError where saved prompts are not of a seed, tied to other tasks, or trained on
-    the test images."""
+    the test images. The split that they were trained on is theirs, though it may hold copies."""
     if seed not in saved["prompts"]:
         known = ", ".join(map(str, saved["prompts"]))
         raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
@@ -1718,8 +1719,9 @@ def check_saved(args, method, saved, tasks, seed):
         raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data "
                         f"{args.data}, or in another order: give the --data they were trained on")
     with usable(args.eval, "give the prompts.pt that a run wrote"):
-        seen = set(saved["trained_on"][seed].tolist())
-    reject_seen(tasks, seen, f"the prompts in {args.eval} (seed {seed}) were")
+        seen, own = set(saved["trained_on"][seed].tolist()), list(saved["contents"][seed])
+    others = [task for task in tasks if datasets.contents(task) not in own]
+    reject_seen(others, seen, f"the prompts in {args.eval} (seed {seed}) were")
 
 
 def script(command):

@@ -414,10 +414,11 @@ def test_a_saved_setting_that_no_flag_takes_is_named(key, value, runs, refused):
     refused(runs, "coop_mt", "--resume --out stopped", f"stopped {UNUSABLE} ... {key}")
 
 
-@pytest.mark.parametrize("seen", [{}, {1: None}, {1: [1, 2]}], ids=str)
-def test_prompts_that_do_not_say_what_they_were_trained_on_are_not_scored(seen, runs, refused):
+@pytest.mark.parametrize("key", ["trained_on", "contents"])
+@pytest.mark.parametrize("seen", [{}, {1: None}, {1: 1}], ids=str)
+def test_prompts_that_do_not_say_what_they_were_trained_on_are_not_scored(key, seen, runs, refused):
     path = runs / "run" / "prompts.pt"
-    torch.save(dict(torch.load(path, weights_only=True), trained_on=seen), path)
+    torch.save(dict(torch.load(path, weights_only=True), **{key: seen}), path)
     refused(runs, "coop_mt", "--eval run/prompts.pt", f"prompts.pt {UNUSABLE}")
 
 

@@ -72,7 +72,7 @@ def trained(small, tmp_path):
         args = train.args = settings(f"--out {next(folders)} {words}")
         run = train.run = Stopping(args, dict(asdict(args), method="mvlpt", variant=None))
         run.stop = stop
-        run.open({})
+        run.open({args.seeds[0]: tasks})
         run.start(args.seeds[0])
         return mvlpt.train(args, small, tasks, run)
 
@@ -104,7 +104,7 @@ def result_file(folder, names, words, *accuracy):
 
 def prompts_file(run, prompts, tasks):
     """The prompts.pt of a run with these prompts."""
-    run.save_prompts({"": prompts}, tasks, [])
+    run.save_prompts({"": prompts}, tasks)
     return run.folder / "prompts.pt"
 
 

@@ -69,6 +69,22 @@ def test_trained_images_are_found_among_the_test_images_of_a_renamed_domain(tmp_
     assert not seen.tested(task, trained)
 
 
+def test_prompts_are_scored_on_their_own_split_with_copies_in_it_and_on_no_other(tmp_path, here):
+    """A split may put a copy of a training image on the other side, and training goes on; an image
+    that is gone since makes it another split."""
+    root, run = make_tree(tmp_path / "t", {"a/cup": 6, "a/hat": 6}), tmp_path / "run"
+    for path in list(root.rglob("*.png")):
+        shutil.copy(path, path.with_name(f"{path.stem} copy.png"))
+    words = f"--data {root} --shots 4 --clip tiny --epochs 1 --workers 0 --out {run}"
+    assert here("coop_mt.py", *words.split())[0] == 0
+    again = "coop_mt.py", "--eval", run / "prompts.pt", "--workers", "0"
+    code, out, _ = here(*again)
+    assert code == 0 and "scored from" in out
+    (root / "a/cup/000.png").unlink()
+    code, out, err = here(*again)
+    assert (code, out) == (2, "") and " test images of a, such as " in err
+
+
 def test_held_out_images_have_been_seen_too(tmp_path):
     parts = ("train/cup", "val/cup", "test/cup", "train/hat", "val/hat", "test/hat")
     [task] = load_tasks(str(make_tree(tmp_path / "t", dict.fromkeys(parts, 2))), shots=1)

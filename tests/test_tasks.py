@@ -262,6 +262,13 @@ def test_a_held_out_part_is_a_fifth_spread_over_the_classes(sizes, held):
     assert any(items != part.items for items in seeds) or not len(part)
 
 
+def test_the_largest_classes_give_first():
+    """6 of 28: one of the class of 10 in any case, and 5 of the nine classes of two."""
+    for seed in range(9):
+        _, held = hold_out(labelled(*[2] * 9, 10), seed)
+        assert (len(held), held.labels.count(9)) == (6, 1)
+
+
 def test_with_held_out_keeps_a_datasets_own_validation_part():
     tasks = small_tasks("a", "b")
     tasks[0].val = tasks[0].test.subset([0, 1])
@@ -277,7 +284,8 @@ def test_an_epoch_shows_the_largest_task_once_and_cycles_the_smaller():
     first, second = np.array(steps)[:, :5], np.array(steps)[:, 5:]          # (task, image, view)
     assert first.shape == second.shape == (2, 5, 3)
     assert (first[..., 0] == 0).all() and (second[..., 0] == 1).all()
-    assert sorted(first[..., 1].flat) == list(range(10))
+    order = list(first[..., 1].flat)
+    assert sorted(order) == list(range(10)) != order
     assert set(second[..., 1].flat) == set(range(4))
     [step] = plan([3, 2], batch_size=16)
     assert len(step) == 6

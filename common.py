@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import platform
@@ -337,47 +338,36 @@ def tokenize(class_names, n_ctx=0, template="{}"):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _precision(model):
-    """The autocast context of an encoder, as `--precision` (an attribute of the model) says.
+@contextlib.contextmanager
+def _encoding(model, *inputs):
+    """The context of an encoder's pass; yields the function that runs one of its layers.
 
-    "auto": on a GPU bfloat16 where it has it, else float16 where no gradient is wanted; otherwise
-    float32. Weights and prompts stay float32.
+    The precision is that of `--precision` (an attribute of the model): "auto" is bfloat16 on a GPU
+    that has it, on another GPU float16 where no gradient is wanted, otherwise float32. Weights and
+    prompts stay float32. There are no gradients where neither inputs nor weights want one, so that
+    a frozen encoder runs in half precision on every GPU. With `--recompute` a layer is computed
+    again in the backward pass instead of being kept.
     """
+    wanted = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*inputs, *model.parameters()) if x is not None)
     device, asked = model.logit_scale.device.type, getattr(model, "precision", "auto")
     if asked == "auto" and device == "cuda" and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             asked = "bf16"
-        elif not torch.is_grad_enabled():
+        elif not wanted:
             asked = "fp16"
     kinds = dict(bf16=torch.bfloat16, fp16=torch.float16)
-    return torch.autocast(device, kinds[asked]) if asked in kinds else contextlib.nullcontext()
-
-
-def _gradients(model, *inputs):
-    """The context of an encoder: without gradients where neither inputs nor weights want one, so
-    that a frozen encoder runs in half precision on every GPU."""
-    wanted = any(x.requires_grad for x in (*inputs, *model.parameters()) if x is not None)
-    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
-
-
-def _layer(model, function, *inputs):
-    """Run one layer; `--recompute` computes it again in the backward pass instead of keeping it."""
-    if getattr(model, "recompute", False) and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
+    half = torch.autocast(device, kinds[asked]) if asked in kinds else contextlib.nullcontext()
+    run = operator.call
+    if wanted and getattr(model, "recompute", False):
+        run = functools.partial(checkpoint, use_reentrant=False)
+    with torch.set_grad_enabled(wanted), half:
+        yield run
 
 
 def _heads(x, attention):
     """[..., tokens, d] -> [..., heads, tokens, d / heads]."""
     return x.unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2)
-
-
-def _fused_attention(q, k, v, causal=False):
-    """Fused attention; in float32 on a CPU, where its half-precision backward pass is slow."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", enabled=False):
-            return _fused_attention(q.float(), k.float(), v.float(), causal)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def _mlp(block, x):
@@ -424,7 +414,7 @@ def _text_layer(block, x, S, P, C, set_of, mask, eos):
     from_prefix = from_prefix.unflatten(2, (-1, t)).transpose(1, 2).flatten(0, 1)
     own = (from_prefix + scores[..., P:] @ v_own).transpose(1, 2).flatten(2).flatten(0, 1)
     if eos is None:
-        prefix = _fused_attention(q_prefix, k_prefix, v_prefix, causal=True)
+        prefix = F.scaled_dot_product_attention(q_prefix, k_prefix, v_prefix, is_causal=True)
         own = torch.cat([prefix.transpose(1, 2).flatten(2).flatten(0, 1).to(own.dtype), own])
     return _mlp(block, x + attention.out_proj(own))
 
@@ -466,7 +456,7 @@ def encode_text(model, tokens, prompts=None, sets=None):
     set_of = None if in_order else torch.tensor(set_list, device=device)
     tokens = tokens.to(device)
 
-    with _gradients(model, prompts), _precision(model):
+    with _encoding(model, prompts) as run:
         position = model.positional_embedding.type(model.dtype)
         start = model.token_embedding(tokens[:1, :1]).type(model.dtype).expand(S, 1, -1)
         prefix = torch.cat([start, layers[0].to(start.dtype)], dim=1) if n else start
@@ -485,8 +475,8 @@ def encode_text(model, tokens, prompts=None, sets=None):
                 prefix = torch.cat([prefix, layers[i].to(x.dtype)], dim=1)
                 x = torch.cat([prefix.flatten(0, 1), x[S * P:]])
             last = i + 1 == len(blocks)
-            x = _layer(model, _text_layer, block, x, S, P, C, set_of,
-                       at_end if last else causal, eos if last else None)
+            x = run(_text_layer, block, x, S, P, C, set_of, at_end if last else causal,
+                    eos if last else None)
         x = model.ln_final(x).type(model.dtype) @ model.text_projection
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -502,7 +492,7 @@ def _image_layer(block, x, last):
         x = x[:, :1]
     else:
         q, k, v = F.linear(y, weight, bias).chunk(3, dim=-1)
-    mixed = _fused_attention(*(_heads(part, attention) for part in (q, k, v)))
+    mixed = F.scaled_dot_product_attention(*(_heads(part, attention) for part in (q, k, v)))
     return _mlp(block, x + attention.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -524,7 +514,7 @@ def encode_image(model, images, prompts=None, sets=None):
         if prompts is not None:
             raise UserError("image prompts need a ViT backbone, and this one is a ResNet: "
                             "use --clip ViT-B/16 or another ViT")
-        with _gradients(model, images), _precision(model):
+        with _encoding(model, images):
             return visual(images.type(model.dtype)).float()
     blocks = visual.transformer.resblocks
     layers = [] if prompts is None else prompts
@@ -534,7 +524,7 @@ def encode_image(model, images, prompts=None, sets=None):
         layers = prompts[:, None]
     if len(layers) and sets is None and layers.shape[1] not in (1, len(images)):
         raise ValueError(f"{layers.shape[1]} sets of prompts do not fit {len(images)} images")
-    with _gradients(model, images, prompts), _precision(model):
+    with _encoding(model, images, prompts) as run:
         x = visual.conv1(images.type(model.dtype)).flatten(2).transpose(1, 2).type(model.dtype)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))         # [B, 1 + patches, d]
@@ -548,7 +538,7 @@ def encode_image(model, images, prompts=None, sets=None):
                     inserted = inserted[sets]
                 x = torch.cat([x[:, :1], inserted, x[:, 1 + replaced:]], dim=1)
                 replaced = inserted.shape[1]
-            x = _layer(model, _image_layer, block, x, i + 1 == len(blocks))
+            x = run(_image_layer, block, x, i + 1 == len(blocks))
         x = visual.ln_post(x[:, 0]) @ visual.proj
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -638,7 +628,8 @@ def nan_where_absent(losses, task):
     return losses.detach().masked_fill(~present, math.nan)
 
 
-_views = None                                   # (lists, settings, data.Views) of a training
+open_loader = functools.lru_cache(maxsize=1)(datasets.views)    # that of the present training
+close_loader = open_loader.cache_clear          # ends its worker processes
 _view_features = weakref.WeakKeyDictionary()    # Images -> (model, key, features [n, views, D])
 
 
@@ -681,19 +672,15 @@ def batches(args, model, tasks, frozen=False):
     trained, so with fixed views each view is encoded once, and its features [B, D] are yielded.
     Worker processes start with the first epoch of the tasks, and `close_loader` ends them.
     """
-    lists, size = [task.train for task in tasks], model.visual.input_resolution
+    lists, size = tuple(task.train for task in tasks), model.visual.input_resolution
     device, seed = model.logit_scale.device, args.seeds[0]
-    sizes = [len(images) for images in lists]
+    sizes = [len(images.items) for images in lists]
     steps = datasets.plan(sizes, args.batch_size, args.batches == "mixed", args.views)
-    settings = dict(size=size, seed=seed, min_crop=args.min_crop,
-                    augment=[task.augment for task in tasks], workers=args.workers)
-
-    def rendered(steps):
-        for images, labels, task in open_views(lists, settings).steps(steps):
-            yield datasets.normalise(images.to(device)), labels.to(device), task.to(device)
-
+    augment = tuple(task.augment for task in tasks)
+    loader = open_loader(lists, size, seed, args.min_crop, augment, args.workers)
     if not (frozen and args.views):
-        yield from rendered(steps)
+        for images, labels, task in loader.load(steps):
+            yield datasets.normalise(images.to(device)), labels.to(device), task.to(device)
         return
 
     def encoded(t):
@@ -705,7 +692,8 @@ def batches(args, model, tasks, frozen=False):
             every = [(t, i, view) for i in range(sizes[t]) for view in range(args.views)]
             chunks = [every[k:k + 100] for k in range(0, len(every), 100)]
             with torch.no_grad():
-                x = [encode_image(model, chunk) for chunk, _, _ in rendered(chunks)]
+                x = [encode_image(model, datasets.normalise(images.to(device)))
+                     for images, _, _ in loader.load(chunks)]
             features = torch.cat(x).unflatten(0, (-1, args.views))
             _view_features[lists[t]] = model, key, features
         return features
@@ -716,23 +704,6 @@ def batches(args, model, tasks, frozen=False):
         yield (torch.stack([features[t][i, view] for t, i, view in step]),
                datasets.label_tensor([lists[t].labels[i] for t, i, _ in step]).to(device),
                torch.tensor([t for t, _, _ in step], device=device))
-
-
-def open_views(lists, settings):
-    """The data.Views of some lists of images; those of other lists are closed."""
-    global _views
-    if _views is None or _views[:2] != (lists, settings):
-        close_loader()
-        _views = lists, settings, datasets.Views(lists, **settings)
-    return _views[2]
-
-
-def close_loader():
-    """End the worker processes of a training."""
-    global _views
-    if _views is not None:
-        _views[2].close()
-    _views = None
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -762,8 +733,7 @@ def _pixels(images, size, workers):
         position += len(chunk)
         for i, picture in zip(chunk, batch):
             if len(_kept) * 3 * size * size < ROOM:
-                picture = picture.clone(memory_format=torch.contiguous_format)
-                _kept[keys[i]] = picture, images.items[i]                       # the item lives on
+                _kept[keys[i]] = picture.clone(), images.items[i]               # the item lives on
         yield chunk, batch
 
 
@@ -1542,6 +1512,8 @@ class Method:
     image_prompts: bool | Callable = False  # whether it needs a ViT; or a function of args
     bound: bool | Callable = False          # whether prompts are tied to the tasks they were
     #                                         trained on; or a function of args
+    second_order: bool = False              # whether gradients are differentiated: --recompute
+    #                                         saves no memory there
 
     @property
     def title(self):
@@ -1767,8 +1739,10 @@ def script(command):
         stop(f"cannot open {error.filename} ({error.strerror}): use another path or fix its "
              "permissions")
     except torch.cuda.OutOfMemoryError:
-        stop(f"the GPU's memory is full: {go_on()} with --recompute, or start again with a "
-             "smaller --batch-size")
+        recompute = f"{go_on()} with --recompute, or "
+        if getattr(command, "second_order", False):
+            recompute = ""
+        stop(f"the GPU's memory is full: {recompute}start again with a smaller --batch-size")
     except KeyboardInterrupt:
         stop(f"stopped; {go_on()}" if Run.latest else "stopped", 130)
 

@@ -549,7 +549,7 @@ def n_text(args):
 
 METHOD = common.Method("jscpt", Args, __doc__, build, train, classify, defaults=defaults,
                        check=check, prepare=set_aside, report=report, plot=plot, n_text=n_text,
-                       image_prompts=True, bound=True)
+                       image_prompts=True, bound=True, second_order=True)
 
 if __name__ == "__main__":
     common.script(METHOD)

@@ -3,20 +3,19 @@ from .benchmarks import absolute
 from .errors import UserError, brief, expand, nearest
 from .images import (
     Images,
-    Views,
     in_order,
     keep_all,
     label_tensor,
     normalise,
     plan,
     read_image,
-    rendered,
+    views,
 )
 from .listing import Listing
 from .seen import contents, tested, tests_of, trained_on
 from .tasks import Task, built_in_shots, find_listings, hold_out, load_tasks, with_held_out
 
-__all__ = ["Images", "Listing", "Task", "UserError", "Views", "absolute", "brief", "built_in_shots",
+__all__ = ["Images", "Listing", "Task", "UserError", "absolute", "brief", "built_in_shots",
            "contents", "expand", "find_listings", "hold_out", "in_order", "keep_all",
-           "label_tensor", "load_tasks", "nearest", "normalise", "plan", "read_image", "rendered",
-           "tested", "tests_of", "trained_on", "with_held_out"]
+           "label_tensor", "load_tasks", "nearest", "normalise", "plan", "read_image", "tested",
+           "tests_of", "trained_on", "views", "with_held_out"]

@@ -9,7 +9,9 @@ import sys
 import traceback
 import warnings
 import zipfile
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import length_hint
 from pathlib import Path
 
 import numpy as np
@@ -243,26 +245,33 @@ def label_tensor(labels):
 class Loader:
     """What a dataset makes of the jobs of each epoch, in order; worker processes start once.
 
+    dataset[job] is a tuple that can be pickled, or the line of a UserError, a str; dataset.lists
+    are the Images that it reads. workers: how many processes; None chooses one per CPU core, at
+    most 8, for more than 400 files; 0 works everywhere.
     They start with the first epoch, see the dataset as it is then, and end with `close`. On Linux
     they are forked and share the images in memory (unless the program has set another start
     method); under spawn and forkserver they have no copy of them and read the files again.
-    dataset[job] is anything that can be pickled, and a str is the line of a UserError.
     """
 
-    def __init__(self, dataset, workers):
+    def __init__(self, dataset, workers=None):
+        if workers is None:
+            files = sum(len(images) for images in dataset.lists if images.read is read_image)
+            may_use = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+            workers = min(8, len(may_use(0))) if files > 400 else 0
         self.dataset, self.workers = dataset, workers
         self.loader, self.jobs, self.epoch = None, _Jobs(), 0
 
     def load(self, jobs):
-        """Yield dataset[job] of each job, in order. Raises UserError where a job or a worker
-        process fails."""
+        """Yield dataset[job] of each job, in order, with its arrays as tensors. Raises UserError
+        where a job or a worker process fails."""
         self.epoch += 1
-        self.jobs.of_epoch, epoch = jobs, self.epoch
+        epoch = self.epoch
         try:
-            for item in self.started():
+            items = self.by_workers(jobs) if self.workers else map(self.dataset.__getitem__, jobs)
+            for item in items:
                 if isinstance(item, str):
                     raise UserError(item)
-                yield item
+                yield tuple(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in item)
                 if self.workers and self.epoch != epoch:
                     raise RuntimeError("another epoch of this loader has begun meanwhile")
         except (RuntimeError, OSError) as error:
@@ -272,8 +281,9 @@ class Loader:
                                 "--workers 0") from error
             raise
 
-    def started(self):
+    def by_workers(self, jobs):
         """The DataLoader's iterator for an epoch; the first one starts the worker processes."""
+        self.jobs.of_epoch = jobs
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # torch warns of more workers than CPU cores
             if self.loader is None:
@@ -281,10 +291,10 @@ class Loader:
                     self.dataset,
                     batch_size=None,
                     sampler=self.jobs,
-                    num_workers=self.workers,
+                    num_workers=min(self.workers, length_hint(jobs, self.workers)),
                     collate_fn=unchanged,
-                    persistent_workers=self.workers > 0,
-                    multiprocessing_context=start_method() if self.workers else None,
+                    persistent_workers=True,
+                    multiprocessing_context=start_method(),
                     generator=torch.Generator(),    # so that nothing draws from the global one
                 )
             try:
@@ -332,18 +342,6 @@ def is_of_workers(error):
     return not text.startswith("Caught ") and (isinstance(error, OSError) or "worker" in text)
 
 
-def n_workers(lists, workers):
-    """`workers`, or where it is None a process per CPU core, at most 8, for more than 400 files."""
-    if workers is not None:
-        return workers
-    files = sum(len(images) for images in lists if images.read is read_image)
-    if files <= 400:
-        return 0
-    if hasattr(os, "sched_getaffinity"):            # the cores that this process may use
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
 class _Decoded(Dataset):
     """Job (list, indices, wanted) is (list, indices, for each image its array [H, W, 3], where it
     is not wanted None, or where it cannot be decoded an error's line)."""
@@ -374,7 +372,7 @@ def decoded(lists, workers=None, wanted=lambda t: False, text="check"):
             for k in range(0, len(images), 8):
                 yield t, range(k, min(k + 8, len(images))), wanted(t)
 
-    loader = Loader(_Decoded(lists), n_workers(lists, workers))
+    loader = Loader(_Decoded(lists), workers)
     total = sum(map(len, lists))
     with tqdm(total=total, desc=text, delay=2, leave=False, disable=None) as bar:
         for t, indices, found in loader.load(jobs()):
@@ -441,43 +439,48 @@ def plan(sizes, batch_size, mixed=False, views=0):
     return [[(t, i, next(numbers)) for t, i in step] for step in steps]
 
 
-class Views:
-    """The views of training images, from worker processes that start once (see Loader).
+@dataclass
+class Views(Dataset):
+    """The views of a step of a `plan`: (images uint8 [B, 3, size, size], labels, task [B]), arrays.
 
-    A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip,
-    under a random state of its own, from the seed, the task, the index and the view: no worker
-    process and no other image has a part in it. Where augment[task] is False an image is what it is
-    for a test. workers: how many processes read; None chooses, 0 works everywhere.
+    lists: the tasks' Images; transforms: of each list. A view has a random state of its own, from
+    the seed, the task, the index and the view: no worker process and no other image has a part in
+    it. labels: as `label_tensor` has them. A UserError is returned as its line, to leave a worker
+    whole.
     """
 
-    def __init__(self, lists, size, seed, min_crop=0.08, augment=None, workers=None):
-        augmented = v2.Compose([
-            v2.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip()])
-        kinds = [augmented if augment is None or augment[t] else whole(size, images.crop)
-                 for t, images in enumerate(lists)]
-        self.dataset, self.workers = _Rendered(lists, kinds, seed), n_workers(lists, workers)
-        self.loader = None
+    lists: list
+    transforms: list
+    seed: int
 
-    def steps(self, steps):
-        """Yield (images uint8 [B, 3, size, size], labels, task [B]) for each step of a `plan`.
-
-        labels: as `label_tensor` has them.
-        """
-        if self.loader is None:
-            self.loader = Loader(self.dataset, min(self.workers, len(steps)))
-        for pixels, labels, tasks in self.loader.load(steps):
-            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            yield pixels, label_tensor(labels), torch.tensor(tasks)
-
-    def close(self):
-        """End the worker processes."""
-        self.loader = None
+    def __getitem__(self, step):
+        pixels, labels = [], []
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for task, index, view in step:
+                    image = self.lists[task].pixels(index)
+                    name = f"{self.seed}/{task}/{index}/{view}"
+                    torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
+                    pixels.append(self.transforms[task](image))
+                    labels.append(self.lists[task].labels[index])
+        except UserError as error:
+            return str(error)
+        tasks = np.array([task for task, _, _ in step])
+        return torch.stack(pixels).numpy(), label_tensor(labels).numpy(), tasks
 
 
-def rendered(lists, steps, size, seed, min_crop=0.08, augment=None, workers=None):
-    """`Views(...).steps(steps)`, by worker processes for these steps alone."""
-    yield from Views(lists, size, seed, min_crop, augment, workers).steps(steps)
+def views(lists, size, seed, min_crop=0.08, augment=None, workers=None):
+    """A Loader of the Views of some lists of Images, whose jobs are the steps of a `plan`.
+
+    A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip.
+    Where augment[task] is False an image is what it is for a test.
+    """
+    augmented = v2.Compose([
+        v2.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip()])
+    transforms = [augmented if augment is None or augment[t] else whole(size, images.crop)
+                  for t, images in enumerate(lists)]
+    return Loader(Views(lists, transforms, seed), workers)
 
 
 def in_order(images, size, workers=None, batch=100):
@@ -485,7 +488,7 @@ def in_order(images, size, workers=None, batch=100):
     resized to `size` (bicubic) and cropped at the centre, or whole where `images.crop` is False."""
     steps = [[(0, i, 0) for i in range(k, min(k + batch, len(images)))]
              for k in range(0, len(images), batch)]
-    for pixels, labels, _ in rendered([images], steps, size, 0, augment=[False], workers=workers):
+    for pixels, labels, _ in views([images], size, 0, augment=[False], workers=workers).load(steps):
         yield pixels, labels
 
 
@@ -498,30 +501,9 @@ def whole(size, crop):
 
 def normalise(images):
     """Float images [B, 3, H, W] from uint8 ones: CLIP's ToTensor and Normalize."""
-    x = images.float(memory_format=torch.contiguous_format) / 255
+    x = images.float() / 255
     mean = torch.tensor(PIXEL_MEAN, device=x.device)[:, None, None]
     return (x - mean) / torch.tensor(PIXEL_STD, device=x.device)[:, None, None]
-
-
-class _Rendered(Dataset):
-    """The arrays of a step. A UserError is returned as its line, to leave a worker whole."""
-
-    def __init__(self, lists, kinds, seed):
-        self.lists, self.kinds, self.seed = lists, kinds, seed
-
-    def __getitem__(self, step):
-        pixels, labels = [], []
-        try:
-            with torch.random.fork_rng(devices=[]):
-                for task, index, view in step:
-                    image = self.lists[task].pixels(index)
-                    name = f"{self.seed}/{task}/{index}/{view}"
-                    torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
-                    pixels.append(self.kinds[task](image).permute(1, 2, 0))
-                    labels.append(self.lists[task].labels[index])
-        except UserError as error:
-            return str(error)
-        return torch.stack(pixels).numpy(), labels, [task for task, _, _ in step]   # [B, H, W, 3]
 
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}

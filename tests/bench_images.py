@@ -70,14 +70,14 @@ def stages(files, size):
     from_files = data.Images(files, [0] * len(files))
     in_memory = from_files.subset(range(len(files)))
     in_memory.kept = {path: data.images.read_pixels(path) for path in files}
-    tests = data.Views([in_memory], size, 1, augment=[False], workers=0).dataset
-    read_tests = data.Views([from_files], size, 1, augment=[False], workers=0).dataset
-    views = data.Views([in_memory], size, 1, workers=0).dataset
-    read_views = data.Views([from_files], size, 1, workers=0).dataset
+    tests = data.views([in_memory], size, 1, augment=[False], workers=0).dataset
+    read_tests = data.views([from_files], size, 1, augment=[False], workers=0).dataset
+    views = data.views([in_memory], size, 1, workers=0).dataset
+    read_views = data.views([from_files], size, 1, workers=0).dataset
     n = range(len(files))
     step = [(0, i, 0) for i in n]
     pictures = [whole(image) for image in open_images]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return [
         ("a file decoded",
          lambda: [pillows_file(path) for path in files],
@@ -120,9 +120,9 @@ def epoch_starts(files):
         return time.process_time() + workers.ru_utime + workers.ru_stime
 
     def cost(epochs):
-        start, views = used(), data.Views([images], 8, 1, workers=2)
+        start, views = used(), data.views([images], 8, 1, workers=2)
         for epoch in range(epochs):
-            list(views.steps([[(0, 0, epoch)], [(0, 1, epoch)]]))
+            list(views.load([[(0, 0, epoch)], [(0, 1, epoch)]]))
         views.close()
         return used() - start
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -152,7 +151,6 @@ def prepared(name, shape, classes, batch_size=None, precision="fp32"):
 def computed(name, shape, classes, batch_size=None, precision="fp32"):
     """(the bytes of the model, the peak of a step), on fake tensors."""
     with (
-        mock.patch.object(common, "_fused_attention", gpu_attention),
         mock.patch.object(torch.nn.Module, "_apply", lambda module, *_: module),
         FakeTensorMode(allow_non_fake_inputs=True),
         Memory() as memory,
@@ -161,11 +159,6 @@ def computed(name, shape, classes, batch_size=None, precision="fp32"):
         weights = memory.now
         step()
         return weights, memory.peak
-
-
-def gpu_attention(q, k, v, causal=False):
-    """Fused attention in any precision, without the detour that common.py takes on a CPU."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def shape_of(name):

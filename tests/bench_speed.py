@@ -168,7 +168,7 @@ def floor_of(model, seen):
             x.grad = None
             for block in part.resblocks:
                 block.attn_mask = mask
-            with common._precision(model), torch.set_grad_enabled(x.requires_grad):
+            with common._encoding(model, x):
                 y = part(x)
                 if kind == "text":
                     features = model.ln_final(y[-1]) @ model.text_projection

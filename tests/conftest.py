@@ -22,6 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import data  # noqa: E402
 
 METHODS = "coop_mt vpt_mt maple_mt mvlpt hipro mmap jscpt".split()
 TEXT = dict(context_length=77, vocab_size=49408)
@@ -95,6 +96,11 @@ def tree(tmp_path):
     """Your own data in miniature: 2 domains, 3 classes, 5 images each."""
     folders = [f"{d}/{c}" for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")]
     return make_tree(tmp_path / "shapes", dict.fromkeys(folders, 5))
+
+
+def rendered(lists, steps, size, seed, workers=0, **how):
+    """What a loader of views yields for some steps."""
+    yield from data.views(lists, size, seed, workers=workers, **how).load(steps)
 
 
 def table(text):

@@ -68,10 +68,12 @@ def test_the_precision_is_bfloat16_where_a_gpu_has_it_or_what_is_asked(
         monkeypatch, device, bf16, asked, grad, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    prompts = torch.zeros(1, requires_grad=grad)
     scale = types.SimpleNamespace(device=torch.device(device))
-    with torch.set_grad_enabled(grad):
-        context = common._precision(types.SimpleNamespace(logit_scale=scale, precision=asked))
-    assert getattr(context, "fast_dtype", None) == dtype
+    model = types.SimpleNamespace(logit_scale=scale, precision=asked, parameters=lambda: [])
+    with common._encoding(model, prompts):
+        found = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    assert found == dtype
 
 
 def test_bfloat16_on_a_cpu_is_near_and_leaves_features_in_float32(model):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import counts, edit, make_cifar, numbers, run_script, says, table
+from conftest import counts, edit, make_cifar, numbers, rendered, run_script, says, table
 from PIL import Image
 from torchvision import datasets as tv
 
@@ -323,7 +323,7 @@ def test_images_are_resized_to_a_square_in_training_and_test(tmp_path, title):
     assert left.max() < 20
     assert right.min() > 235
     steps = [[(0, 0, view)] for view in (1, 2, 3)]
-    for train, _, _ in data.rendered([task.train], steps, 8, 1, augment=[False], workers=0):
+    for train, _, _ in rendered([task.train], steps, 8, 1, augment=[False]):
         assert torch.equal(train, test)
 
 

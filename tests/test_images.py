@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from clip.clip import _transform
-from conftest import make_tree, noise
+from conftest import make_tree, noise, rendered
 from PIL import Image, ImageOps
 
 import data
@@ -251,7 +251,7 @@ def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
     """With min_crop=1 a square image can only be resized and flipped, each half of the time."""
     lists = [data.Images([0], [0], lambda i: noise(i, 24))]
     steps = [[(0, 0, view) for view in range(40)]]
-    [(x, _, _)] = data.rendered(lists, steps, 24, seed=1, min_crop=1, workers=0)
+    [(x, _, _)] = rendered(lists, steps, 24, seed=1, min_crop=1)
     plain = torch.from_numpy(np.asarray(noise(0, 24)).transpose(2, 0, 1).copy())
     plainly = sum(torch.equal(view, plain) for view in x)
     mirrored = sum(torch.equal(view, plain.flip(2)) for view in x)
@@ -262,7 +262,7 @@ def test_augmentation_is_a_matter_of_the_task():
     """Task 0 is augmented: its two views differ; task 1 is not."""
     lists = [data.Images([0], [0], lambda i: noise(i, 24)) for _ in range(2)]
     step = [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2)]
-    [(x, _, tasks)] = data.rendered(lists, [step], 24, 1, augment=[True, False], workers=0)
+    [(x, _, tasks)] = rendered(lists, [step], 24, 1, augment=[True, False])
     assert tasks.tolist() == [0, 0, 1, 1]
     assert not torch.equal(x[0], x[1]) and torch.equal(x[2], x[3])
 
@@ -271,7 +271,7 @@ def test_without_augmentation_an_image_is_only_resized():
     images = data.Images([0], [0], lambda i: noise(i, 50))
     plain = np.asarray(images[0][0].resize((16, 16), Image.Resampling.BICUBIC))
     for seed in (1, 2):
-        [(x, _, _)] = data.rendered(
+        [(x, _, _)] = rendered(
             [images], [[(0, 0, seed)]], 16, seed, augment=[False], workers=0
         )
         assert np.abs(x[0].permute(1, 2, 0).numpy().astype(int) - plain).max() <= 1
@@ -281,7 +281,7 @@ def test_a_view_depends_on_seed_task_index_and_view_alone():
     lists = [data.Images([0, 1], [0, 1], lambda i: noise(i, 40)) for _ in range(2)]
 
     def view(*step, seed=1):
-        [(x, _, _)] = data.rendered(lists, [list(step)], 16, seed, workers=0)
+        [(x, _, _)] = rendered(lists, [list(step)], 16, seed)
         return x[-1]
 
     one = view((0, 1, 7))
@@ -289,7 +289,7 @@ def test_a_view_depends_on_seed_task_index_and_view_alone():
     for other in (view((0, 1, 8)), view((1, 1, 7)), view((0, 1, 7), seed=2)):
         assert not torch.equal(one, other)
     steps = [[(0, 0, 7)], [(1, 1, 2)], [(0, 1, 7)]]
-    assert torch.equal(one, list(data.rendered(lists, steps, 16, 1, workers=0))[2][0][0])
+    assert torch.equal(one, list(rendered(lists, steps, 16, 1))[2][0][0])
     lists = [data.Images([0, 1], [0, 1], lambda i: noise(1, 40))]       # one image twice
     assert torch.equal(one, view((0, 1, 7))) and not torch.equal(one, view((0, 0, 7)))
 
@@ -306,7 +306,7 @@ def test_views_are_the_same_in_every_version(tmp_path):
         (1, 3, 6762380): [33792, 37632, 28792, 11888],
         (1, 3, 0): [30208, 29184, 31743, 10480],
     }
-    [(views, _, _)] = data.rendered(lists, [list(golden)], 16, seed=7, min_crop=0.3, workers=0)
+    [(views, _, _)] = rendered(lists, [list(golden)], 16, seed=7, min_crop=0.3)
     sums = torch.cat([views.sum(dim=(2, 3)), views[:, :1, :, :8].sum(dim=(2, 3))], dim=1)
     assert ((sums - torch.tensor(list(golden.values()))).abs() <= 256).all()
     torch.manual_seed(1)
@@ -321,14 +321,13 @@ def test_views_are_the_same_in_every_version(tmp_path):
 def test_workers_hand_over_arrays_and_an_error_as_its_line(tree):
     """Tensors would go through shared memory, of which Docker has 64 MB."""
     [task, _] = data.load_tasks(str(tree), split=0.4)
-    views = data.Views([task.train], 16, 1)
-    pixels, labels, tasks = views.dataset[[(0, 0, 0)]]
-    assert isinstance(pixels, np.ndarray) and (labels, tasks) == ([0], [0])
+    found = data.views([task.train], 16, 1).dataset[[(0, 0, 0)]]
+    assert all(isinstance(part, np.ndarray) for part in found) and found[1:] == ([0], [0])
     task.train.items[0].write_bytes(b"broken")
     line = f"^{task.train.items[0]} cannot be decoded[^\n]*$"
     for workers in (0, 2):
         with pytest.raises(data.UserError, match=line):
-            list(data.rendered([task.train], [[(0, 0, 0)], [(0, 1, 0)]], 16, 1, workers=workers))
+            list(rendered([task.train], [[(0, 0, 0)], [(0, 1, 0)]], 16, 1, workers=workers))
         with pytest.raises(data.UserError, match=line):
             data.keep_all([task.train], 10**6, workers)
 
@@ -337,14 +336,14 @@ def test_worker_processes_start_once_and_an_epoch_draws_nothing(tree):
     """Also behind an epoch that was not finished; `close` ends them."""
     [task, _] = data.load_tasks(str(tree), split=0.8)
     steps = [[(0, i, 0)] for i in range(6)]
-    wanted = [images for images, _, _ in data.rendered([task.train], steps, 16, 1, workers=0)]
-    views, started = data.Views([task.train], 16, 1, workers=2), []
+    wanted = [images for images, _, _ in rendered([task.train], steps, 16, 1)]
+    views, started = data.views([task.train], 16, 1, workers=2), []
     state = torch.get_rng_state()
     for _ in range(3):
-        found = [images for images, _, _ in views.steps(steps)]
+        found = [images for images, _, _ in views.load(steps)]
         started.append({process.pid for process in multiprocessing.active_children()})
         assert all(map(torch.equal, found, wanted))
-        next(views.steps(steps[3:]))
+        next(views.load(steps[3:]))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(started[0]) == 2 and started[0] == started[1] == started[2]
     views.close()
@@ -368,10 +367,10 @@ def test_workers_are_forked_on_linux_unless_the_program_has_set_another_way(monk
 def test_an_epoch_that_another_one_overtakes_is_an_error(tree):
     """The two would get each other's steps."""
     [task, _] = data.load_tasks(str(tree), split=0.8)
-    views = data.Views([task.train], 16, 1, workers=1)
-    one = views.steps([[(0, 0, 0)], [(0, 1, 0)]])
+    views = data.views([task.train], 16, 1, workers=1)
+    one = views.load([[(0, 0, 0)], [(0, 1, 0)]])
     next(one)
-    next(views.steps([[(0, 2, 0)]]))
+    next(views.load([[(0, 2, 0)]]))
     with pytest.raises(RuntimeError, match="another epoch"):
         next(one)
 
@@ -400,12 +399,12 @@ def test_all_images_are_decoded_and_kept_while_there_is_room(tree):
 
 def test_a_worker_that_dies_is_told_in_a_line(tree):
     [task, _] = data.load_tasks(str(tree), split=0.4)
-    views = data.Views([task.train], 16, 1, workers=1)
+    views = data.views([task.train], 16, 1, workers=1)
     read, task.train.read = task.train.read, lambda path: os._exit(1)
     with pytest.raises(data.UserError, match="died.*--workers 0"):
-        list(views.steps([[(0, 0, 0)]]))
+        list(views.load([[(0, 0, 0)]]))
     task.train.read = read
-    assert len(list(views.steps([[(0, 0, 0)]]))) == 1           # by new processes
+    assert len(list(views.load([[(0, 0, 0)]]))) == 1           # by new processes
 
 
 @pytest.mark.parametrize("more", [2, 8])
@@ -432,7 +431,7 @@ def test_a_full_shared_memory_is_told_in_a_line(tree, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
     with pytest.raises(data.UserError, match="No space left on device.*--workers 0"):
-        list(data.rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
+        list(rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
 
 
 # ----------------------------------------------------------------------------- folders and names

@@ -147,6 +147,14 @@ def test_a_disk_that_fills_under_a_figure_or_a_gpu_without_memory_points_to_resu
     assert code == 0 and (out / "loss.png").exists(), err
 
 
+def test_a_gpu_without_memory_for_second_derivatives_needs_a_smaller_batch(line, tmp_path):
+    """What --recompute computes again, JSCPT's upper step keeps."""
+    with mock.patch.object(common, "task_losses", side_effect=torch.cuda.OutOfMemoryError("full")):
+        code, _, err = run(f"jscpt.py {line} {SMALL} --out {tmp_path / 'run'}")
+    assert code == 2
+    assert err == "jscpt.py: the GPU's memory is full: start again with a smaller --batch-size\n"
+
+
 def test_an_out_that_cannot_be_written_is_rejected_before_anything_else(line, tmp_path):
     with mock.patch("os.access", return_value=False):
         code, _, err = run(f"coop_mt.py {line} {SMALL} --out {tmp_path / 'deep' / 'run'}")

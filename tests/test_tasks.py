@@ -349,16 +349,16 @@ if __name__ == "__main__":
     lists = [task.train for task in data.load_tasks({str(tree)!r}, split=0.8)]
     torch.manual_seed(0)
     steps = data.plan([len(x) for x in lists], 4)
-    alone = list(data.rendered(lists, steps, 16, 1, workers=0))
+    alone = list(data.views(lists, 16, 1, workers=0).load(steps))
     data.keep_all(lists, 10**6, workers=0)
-    views = data.Views(lists, 16, 1, workers=2)
+    views = data.views(lists, 16, 1, workers=2)
     for epoch in range(2):
-        found = list(views.steps(steps))
+        found = list(views.load(steps))
         print(all(torch.equal(a, b) for one, two in zip(found, alone) for a, b in zip(one, two)))
     for path in lists[0].items:
         path.write_bytes(b"gone")
     try:
-        print(len(list(views.steps(steps))))
+        print(len(list(views.load(steps))))
     except data.UserError:
         print("read again")
 """

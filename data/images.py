@@ -267,7 +267,9 @@ class Loader:
         self.epoch += 1
         epoch = self.epoch
         try:
-            items = self.by_workers(jobs) if self.workers else map(self.dataset.__getitem__, jobs)
+            items = map(self.dataset.__getitem__, jobs)
+            if self.workers and length_hint(jobs, 1):
+                items = self.by_workers(jobs)
             for item in items:
                 if isinstance(item, str):
                     raise UserError(item)

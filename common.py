@@ -1270,7 +1270,8 @@ class Run:
 
     Two more files are there until it ends: checkpoint.pt, the running phase, written every epoch,
     and finished.pt, written when a phase ends: what finished phases left, the scores of finished
-    seeds, and the tasks. Making a Run only checks; `open` is the first to write.
+    seeds, and the tasks. Making a Run only checks; `open` is the first to write. A run begins only
+    where no file has a name that it writes, so that what --resume replaces or removes is its own.
     """
 
     latest = None
@@ -1280,17 +1281,17 @@ class Run:
 
     def __init__(self, args, settings):
         self.settings, self.resumed = settings, args.resume
-        self.folder = Path(args.out) if args.out else Path("runs", self._name(settings)).absolute()
+        self.folder = datasets.expand(args.out or Path("runs", self._name(settings)))
         self.finished = dict(contents={}, scores={}, phases={}, rows=[])        # finished.pt
         self.running = dict(seed=None, phase=None, rows=[])                     # checkpoint.pt
         self.prompts, self.trained_on = {}, {}
         if self.resumed:
             self._read()
             return
-        for name in self.FILES:
-            if args.out and (self.folder / name).exists():
-                raise UserError(f"--out {self.folder} holds another run ({name}): choose another "
-                                "folder, or --resume to go on with it")
+        found = taken(self.folder, *self.FILES, "*.png")
+        if args.out and found:
+            raise UserError(f"--out {self.folder} holds another run or figures ({found[0]}): "
+                            "choose another folder, or --resume to go on with the run in it")
         check_writable(self.folder)
 
     def _name(self, settings):
@@ -1469,6 +1470,13 @@ def numbered(path):
         with contextlib.suppress(FileExistsError):      # another run may have made it just now
             folder.mkdir(parents=True)
             return folder
+
+
+def taken(folder, *names):
+    """The files in a folder with one of these names (`*.png`: any figure), whole or half written,
+    that is with `write_whole`'s temporary name."""
+    found = [folder.glob(f"{name}{end}") for name in names for end in ("", ".part")]
+    return [path.name for paths in found for path in paths]
 
 
 def check_writable(folder):
@@ -2334,17 +2342,32 @@ def table(argv):
         raise UserError(f"--baseline '{args.baseline}' is not a column: give one of "
                         f"{', '.join(known)}")
     tables = {title: layout(part, args.baseline) for title, part in runs.groupby("title")}
+    rows = runs.drop(columns=["folder", "key"]).to_csv(index=False)
+    if out:
+        check_table_folder(out, rows)
     for title, cells in tables.items():
         print(f"\n{title}\n{aligned(as_rows(cells))}")
     if out:
         out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "table.csv", rows)
         write_whole(out / "table.md", "\n".join(
             f"**{title}**\n\n{as_markdown(cells)}\n" for title, cells in tables.items()))
-        write_whole(out / "table.csv", runs.drop(columns=["folder", "key"]).to_csv(index=False))
         names = ["table.md", "table.csv"]
         if args.plot:
             names += plot_parameters(out, runs) + plot_shots(out, runs)
         print(f"\n{', '.join(names)} are in {out}")
+
+
+def check_table_folder(out, rows):
+    """UserError where files that `table` writes are in a folder already, and are not its own: these
+    lie beside a table.csv with the columns of `rows`, which is written first."""
+    known, columns = out / "table.csv", rows.partition("\n")[0].encode()
+    if known.is_file() and known.read_bytes().startswith(columns):
+        return
+    found = taken(out, "table.csv", "table.md", "parameters.png", "shots.png")
+    if found:
+        raise UserError(f"--out {out} holds a file that this command did not write ({found[0]}): "
+                        "choose another folder")
 
 
 def read_runs(folders):

@@ -446,12 +446,25 @@ def test_no_file_that_a_prompts_pt_names_is_run(runs, refused):
 # --------------------------------------------------------------------- what a rejected run leaves
 
 
-@pytest.mark.parametrize("name", ["settings.json", "result.json", "prompts.pt", "log.csv",
-                                  "checkpoint.pt", "finished.pt"])
+@pytest.mark.parametrize("name", [
+    "settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt", "finished.pt",
+    "accuracy.png", "tree-1.png", "result.json.part", "loss.png.part"])
 def test_an_out_that_holds_any_file_of_a_run_is_left_as_it_is(name, place, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("another's")
-    refused(tmp_path, "coop_mt", "--out run", f"run holds another run ({name}) ... --resume")
+    says = f"run holds another run or figures ({name}) ... --resume"
+    refused(tmp_path, "coop_mt", "--out run", says)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.md", "parameters.png", "table.md.part"])
+def test_a_table_replaces_its_own_files_and_no_others(name, place, runs, here, refused):
+    (runs / "out").mkdir()
+    (runs / "out" / name).write_text("another's")
+    refused(runs, "common", "table run --out out", f"did not write ({name}): choose another")
+    (runs / "out" / name).unlink()
+    for more in ("", "--plot"):
+        assert here(f"common.py table run --out out {more}")[0] == 0
+    assert (runs / "out" / "parameters.png").exists()
 
 
 def test_of_two_runs_that_begin_in_one_folder_one_is_rejected(place, tmp_path, monkeypatch):

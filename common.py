@@ -1067,11 +1067,28 @@ def inherited(method, read):
             raise UserError(f"{owner} was started {said(key, then, getattr(default, key))}, not "
                             f"{said(key, now, getattr(default, key))}: leave the flag out, or "
                             "start another run in another --out")
+    check_backbone(saved, args.clip, owner)
     if not given.resume and args.split != usual["split"] and args.shots == usual["shots"]:
         args.shots = None
     elif not given.resume and args.shots != usual["shots"] and args.split == usual["split"]:
         args.split = None
     return args
+
+
+def backbone_of(name):
+    """What tells a backbone from others, wherever its file lies: its name, or the SHA-256 of its
+    file. UserError as `check_clip`."""
+    check_clip(name)
+    return name if name in BACKBONES else _sha256(name)
+
+
+def check_backbone(settings, name, owner):
+    """UserError where a backbone is not the one of saved settings."""
+    found = backbone_of(name)
+    with usable(owner):
+        if settings["backbone"] != found:
+            raise UserError(f"{name} is not the backbone that {owner} was started with (other "
+                            "weights): give that one with --clip")
 
 
 def moved(value):
@@ -1546,7 +1563,8 @@ def main(method, argv=None):
     With --single-task each task is trained alone, one after another.
     """
     args = parse(method, argv)
-    settings = dict(asdict(args), method=method.name, variant=variant_of(method, args))
+    settings = dict(asdict(args), method=method.name, variant=variant_of(method, args),
+                    backbone=backbone_of(args.clip))
     args.device = chosen_device(args.device)
     if args.resume and (Path(args.out) / "result.json").exists():
         result = load_result(Path(args.out) / "result.json")
@@ -2596,7 +2614,7 @@ def predict(argv):
             tasks.append(Task(name, class_names, saved["templates"][name], images, images))
         if getattr(args, "single_task", False):
             tasks, states = [tasks[names.index(chosen)]], states[chosen]
-    check_clip(args.clip)
+    check_backbone(saved["settings"], args.clip, path)
     args.device = chosen_device(args.device)
     model = load_backbone(args, method)
     with usable(path, "give the --clip it was trained with"):

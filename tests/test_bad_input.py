@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, make_tree, noise, random_clip, run_script
+from conftest import ROOT, TINY, edit, make_tree, noise, random_clip, run_script
 
 import common
 
@@ -431,6 +431,22 @@ def test_a_backbone_that_is_not_a_clip_is_named_and_runs_no_code(kind, place, tm
     (tmp_path / "backbone.pt").write_bytes(content)
     refused(tmp_path, "coop_mt", f"{SMALL} --data {place}/shapes --clip backbone.pt",
             "backbone.pt is not a CLIP checkpoint ... give a TorchScript archive")
+
+
+@pytest.mark.parametrize("script, words", [
+    ("coop_mt", "--resume --out stopped"), ("coop_mt", "--eval run/prompts.pt"),
+    ("common", "predict run/prompts.pt x.png --task drawn")])
+def test_a_backbone_that_has_moved_is_known_by_its_content(script, words, place, runs, here,
+                                                           refused):
+    edit(runs / "stopped" / "settings.json", lambda settings: settings.update(clip="/gone.pt"))
+    saved = torch.load(runs / "run" / "prompts.pt", weights_only=True)
+    saved["settings"]["clip"] = "/gone.pt"
+    torch.save(saved, runs / "run" / "prompts.pt")
+    good = torch.load(place / "random.pt", weights_only=True)
+    torch.save(dict(good, logit_scale=good["logit_scale"] + 1), runs / "other.pt")
+    shutil.copy(place / "random.pt", runs / "same.pt")
+    refused(runs, script, f"{words} --clip other.pt", "other.pt is not the backbone that")
+    assert here(f"{script}.py {words} --clip same.pt")[0] == 0
 
 
 def test_no_file_that_a_prompts_pt_names_is_run(runs, refused):

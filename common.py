@@ -46,7 +46,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import packaging.version
@@ -1059,6 +1059,7 @@ def inherited(method, read):
                  for key, value in saved.items() if key in asdict(given)}
         usual.update(out=None, resume=False, plot=given.resume and usual["plot"])
         args = read(**usual)
+        check_kinds(args)
         check_ranges(args)
     default = method.Args()
     for key in sorted(usual.keys() - free - {"resume", "eval"}):
@@ -1073,6 +1074,16 @@ def inherited(method, read):
     elif not given.resume and args.shots != usual["shots"] and args.split == usual["split"]:
         args.split = None
     return args
+
+
+def check_kinds(args):
+    """ValueError where a saved value is a number that its flag would not take: tyro lets 3 pass for
+    one of some words, and 2.5 for a whole number."""
+    for key, hint in get_type_hints(type(args)).items():
+        value = getattr(args, key)
+        words = get_args(hint) if get_origin(hint) is Literal else [value]
+        if value not in words or (hint is int and not isinstance(value, int)):
+            raise ValueError(f"its {key} is {value}")
 
 
 def backbone_of(name):
@@ -1101,6 +1112,7 @@ def checked(method, args):
     """Settings with the shots filled in; UserError for values out of range and contradictions."""
     check_clip(args.clip)
     check_ranges(args)
+    datasets.check_size(args.split, args.shots)     # before a download
     method.check(args, None)
     if isinstance(args, TrainArgs):
         check_warm_up(method, args)
@@ -1459,16 +1471,16 @@ class Run:
         save_whole(self.folder / "finished.pt", self.finished)
 
     def finish(self, result, plot):
-        """Write result.json, draw the figures, print the closing table, remove the checkpoints."""
+        """Write result.json, print the closing table, draw the figures, remove the checkpoints."""
         self._write_log()
         write_json(self.folder / "result.json", result)
+        print_table(result)
         close(self.folder, result, plot if self.settings["plot"] else None)
         print(f"\nresult, log and prompts are in {self.folder}")
 
 
 def close(folder, result, plot):
-    """Print the closing table of a run, draw its figures, and remove its checkpoints."""
-    print_table(result)
+    """Draw a finished run's figures, and remove its checkpoints."""
     if plot:
         plot_run(folder, result, plot)
     for name in ("checkpoint.pt", "finished.pt"):
@@ -1569,7 +1581,8 @@ def main(method, argv=None):
     if args.resume and (Path(args.out) / "result.json").exists():
         result = load_result(Path(args.out) / "result.json")
         with usable(Path(args.out) / "result.json"):
-            close(Path(args.out), result, method.plot if args.plot else None)
+            print_table(result)
+        close(Path(args.out), result, method.plot if args.plot else None)
         print(f"\nthe run in {args.out} had finished")
         return
     saved = load_prompts(args.eval, method.name) if getattr(args, "eval", None) else None
@@ -2416,6 +2429,9 @@ def read_runs(folders):
     if not rows:
         raise UserError(f"no finished run on test images in {', '.join(map(str, folders))}: a run "
                         "writes its result.json at its end")
+    for row in rows:            # a path that was given in an ASCII locale is no valid text
+        row.update({key: datasets.printable(value) for key, value in row.items()
+                    if isinstance(value, str)})
     runs = by_tests(pandas.DataFrame(rows))
     same = ["title", "key", "seed", "task"]
     for folder in runs[runs.duplicated(same, keep="last")].folder.unique():

@@ -49,13 +49,7 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
     whatever is wrong with the data or the numbers; what is not as published or asked for is one
     line on stderr.
     """
-    if split is not None and shots is not None:
-        raise UserError("--split and --shots say the same thing in two ways: give one of them")
-    if split is not None and not 0 < split <= 1:
-        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, "
-                        "such as 0.1")
-    if shots is not None and shots < 1:
-        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
+    check_size(split, shots)
     listings = find_listings(data, root)
     tasks = [divide(listing, split, shots, seed) for listing in listings]
     if shots != built_in_shots(data):       # their own classes are as small as they are
@@ -65,6 +59,17 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
             warn_once(note)
     reject_both_sides(tasks)
     return tasks
+
+
+def check_size(split, shots):
+    """Raise UserError where the numbers for `load_tasks` are out of range or say two things."""
+    if split is not None and shots is not None:
+        raise UserError("--split and --shots say the same thing in two ways: give one of them")
+    if split is not None and not 0 < split <= 1:
+        raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, "
+                        "such as 0.1")
+    if shots is not None and shots < 1:
+        raise UserError(f"--shots {shots} leaves nothing to train on: give 1 or more")
 
 
 def find_listings(data, root="data", download=False):

@@ -145,6 +145,9 @@ DATA = [
     ("common", "check", "--data"),
 ]
 NUMBERS = [
+    *[("coop_mt", f"--data cifar100 --download {words}", says) for words, says in (
+        ("--split 5", "--split 5.0 ... up to 1"), ("--shots 0", "--shots 0 ... give 1 or more"),
+        ("--split 0.1 --shots 4", "--split and --shots ... give one of them"))],
     *[("coop_mt", f"--split={split}", f"--split {float(split)} ... above 0 and up to 1")
       for split in ("0", "-0.1", "1.5", "nan", "inf")],
     ("coop_mt", "--split 0.1 --shots 4", "--split and --shots ... give one of them"),
@@ -407,7 +410,8 @@ def test_a_file_with_values_of_another_shape_is_named(file, script, words, runs,
     is_refusal(script, code, out, err, f"{file.removesuffix('/settings.json')} {UNUSABLE}")
 
 
-@pytest.mark.parametrize("key, value", [("seeds", None), ("views", []), ("precision", "fp8")])
+@pytest.mark.parametrize("key, value", [
+    ("seeds", None), ("views", []), ("precision", "fp8"), ("surgery", 3), ("epochs", 2.5)])
 def test_a_saved_setting_that_no_flag_takes_is_named(key, value, runs, refused):
     path = runs / "stopped" / "settings.json"
     path.write_text(json.dumps(dict(json.loads(path.read_text()), **{key: value})))
@@ -583,14 +587,19 @@ def test_saved_paths_are_absolute_and_a_run_is_scored_from_anywhere(place, tmp_p
     assert "average" in capsys.readouterr().out and not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("pipe, code", [("", 0), ("| true", 141)])
-def test_names_that_a_terminal_cannot_show_and_a_pipe_that_closes_early(pipe, code, place,
-                                                                        tmp_path):
-    """As a process, with ASCII output."""
-    shutil.copytree(place / "shapes" / "drawn", tmp_path / "shapes" / "gezeichnet \u00fc")
-    words = f"--data {tmp_path}/shapes --clip {place}/random.pt --shots 2 --out {tmp_path}/run"
-    line = f"set -o pipefail; {sys.executable} {ROOT}/common.py zero-shot {words} {pipe}"
-    env = dict(os.environ, PYTHONIOENCODING="ascii", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(["bash", "-c", line], capture_output=True, env=env)
+@pytest.mark.parametrize("then, code", [
+    (f"&& {sys.executable} {ROOT}/common.py table ru\u0301n --out t\u00fc --plot", 0),
+    ("| true", 141)])
+def test_names_that_an_ascii_locale_lacks_and_a_pipe_that_closes_early(then, code, place, tmp_path):
+    """As processes; the table that is written has the names as they are."""
+    shutil.copytree(place / "shapes" / "drawn", tmp_path / "gezeichnet \u00fc")
+    words = f"{SMALL} --data '\u00fc=gezeichnet \u00fc' --clip {place}/random.pt --out ru\u0301n"
+    line = f"set -o pipefail; {sys.executable} {ROOT}/coop_mt.py {words} {then}"
+    env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
+               CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=env, cwd=tmp_path)
     assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
-    assert bool(pipe) or b"gezeichnet ?" in done.stdout
+    if code == 0:
+        assert b"/gezeichnet ?, 2 shots" in done.stdout and b"parameters.png" in done.stdout
+        text = (tmp_path / "t\u00fc" / "table.md").read_text(encoding="utf-8")
+        assert "/gezeichnet \u00fc, 2 shots" in text and "| \u00fc |" in text

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from ..errors import UserError, expand
 from . import cifar100, coop, domains, elevater, emoji, folders
+from .lists import printable
 
 FAMILIES = (emoji, domains, cifar100, coop, elevater)
 BENCHMARKS = {name: read for family in FAMILIES for name, read in family.BENCHMARKS.items()}
@@ -45,7 +46,7 @@ def find(name, root):
         return chosen(benchmark, listings, patterns.split("+")) if patterns else listings
     task, sign, path = name.partition("=")
     if sign and task and path and not os.path.exists(name):
-        return [folders.class_tree(task, expand(path))]
+        return [folders.class_tree(printable(task), expand(path))]
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return folders.tree(expand(path))

@@ -1721,7 +1721,7 @@ def reject_seen(tasks, seen, owner):
 
 def check_saved(args, method, saved, tasks, seed):
     """Raise UserError where saved prompts are not of a seed, tied to other tasks, or trained on
-    the test images. The split that they were trained on is theirs, though it may hold copies."""
+    the test images. The split that they were trained on is theirs: copies in it are a warning."""
     if seed not in saved["prompts"]:
         known = ", ".join(map(str, saved["prompts"]))
         raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
@@ -1731,8 +1731,15 @@ def check_saved(args, method, saved, tasks, seed):
                         f"{args.data}, or in another order: give the --data they were trained on")
     with usable(args.eval, "give the prompts.pt that a run wrote"):
         seen, own = set(saved["trained_on"][seed].tolist()), list(saved["contents"][seed])
-    others = [task for task in tasks if datasets.contents(task) not in own]
-    reject_seen(others, seen, f"the prompts in {args.eval} (seed {seed}) were")
+    for task in tasks:
+        if datasets.contents(task) not in own:
+            reject_seen([task], seen, f"the prompts in {args.eval} (seed {seed}) were")
+            continue
+        copies = datasets.tested(task, seen)
+        if copies:
+            print(f"warning: {len(copies)} of the {len(task.test)} test images of {task.name} are "
+                  f"exact copies of images trained on (seed {seed}), such as {copies[0]}",
+                  file=sys.stderr)
 
 
 def script(command):

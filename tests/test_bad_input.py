@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -416,6 +417,14 @@ def test_a_saved_setting_that_no_flag_takes_is_named(key, value, runs, refused):
     path = runs / "stopped" / "settings.json"
     path.write_text(json.dumps(dict(json.loads(path.read_text()), **{key: value})))
     refused(runs, "coop_mt", "--resume --out stopped", f"stopped {UNUSABLE} ... {key}")
+
+
+def test_a_fault_in_drawing_is_not_a_damaged_file(runs, here, monkeypatch):
+    line = f"coop_mt.py --resume --plot --out {runs}/run"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="^a fault$"):
+        patch.setattr(common, "plot_run", mock.Mock(side_effect=ValueError("a fault")))
+        here(line)
+    assert here(line)[0] == 0 and (runs / "run" / "accuracy.png").exists()
 
 
 @pytest.mark.parametrize("key", ["trained_on", "contents"])

@@ -120,12 +120,23 @@ def test_data_may_have_more_names_than_a_file_name_has_letters(tmp_path, monkeyp
         load_tasks("x" * 5000, shots=1)
 
 
-def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, here):
+    data = of_parts(tmp_path / "t", "d", "e")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(UserError, match="working folder, which no longer exists: go to another"):
-        absolute("x=t")
+    for command in ("coop_mt.py", f"coop_mt.py --data {data} --shots 1 --root {tmp_path}",
+                    "common.py check --data x=t", "common.py table", "common.py predict p.pt x"):
+        code, out, err = here(command)
+        assert code == 2 and not out and err.count("\n") == 1
+        assert "is below the working folder, which no longer exists: go to another folder" in err
+
+
+def test_a_run_below_its_own_data_can_be_started_again(tmp_path, monkeypatch, here, random_pt):
+    monkeypatch.chdir(of_parts(tmp_path / "t", "d", "e"))
+    line = f"coop_mt.py --data . --clip {random_pt} --shots 1 --epochs 1 --n-ctx 2 --plot"
+    one, two = (here(line)[1].split("\n\n")[1] for _ in range(2))
+    assert one == two and (tmp_path / "t/runs/coop_mt-t-1-2/accuracy.png").exists()
 
 
 def test_check_finds_exact_copies_that_a_split_can_put_on_two_sides(tmp_path):

@@ -70,16 +70,18 @@ def test_trained_images_are_found_among_the_test_images_of_a_renamed_domain(tmp_
 
 
 def test_prompts_are_scored_on_their_own_split_with_copies_in_it_and_on_no_other(tmp_path, here):
-    """A split may put a copy of a training image on the other side, and training goes on; an image
-    that is gone since makes it another split."""
-    root, run = make_tree(tmp_path / "t", {"a/cup": 6, "a/hat": 6}), tmp_path / "run"
-    for path in list(root.rglob("*.png")):
-        shutil.copy(path, path.with_name(f"{path.stem} copy.png"))
+    """A split may put a copy of a training image on the other side, and training goes on; a test
+    image may become one later. An image that is gone since makes it another split."""
+    root, run = make_tree(tmp_path / "t", {"a/cup": 12, "a/hat": 12}), tmp_path / "run"
     words = f"--data {root} --shots 4 --clip tiny --epochs 1 --workers 0 --out {run}"
     assert here("coop_mt.py", *words.split())[0] == 0
     again = "coop_mt.py", "--eval", run / "prompts.pt", "--workers", "0"
-    code, out, _ = here(*again)
+    assert here(*again)[::2] == (0, "")
+    [task] = load_tasks(str(root), shots=4)
+    shutil.copy(task.train.items[0], task.test.items[0])
+    code, out, err = here(*again)
     assert code == 0 and "scored from" in out
+    assert "1 of the 16 test images of a are exact copies of images trained on" in err
     (root / "a/cup/000.png").unlink()
     code, out, err = here(*again)
     assert (code, out) == (2, "") and " test images of a, such as " in err

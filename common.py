@@ -1949,72 +1949,95 @@ def is_symmetric(matrix):
 
 
 def pyplot():
-    """matplotlib.pyplot, imported where a figure is wanted."""
+    """matplotlib.pyplot, imported where a figure is wanted.
+
+    Lines differ in colour, dashes and hollow markers, so that one that hides another is seen.
+    """
     os.environ["MPLBACKEND"] = "agg"            # whatever a notebook left there
     import matplotlib.pyplot
+    matplotlib.rcParams["lines.markerfacecolor"] = "none"
+    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(
+        color=matplotlib.colormaps["tab10"].colors * 6, linestyle=["-", "--", "-.", ":"] * 15,
+        marker=list("osD^vp") * 10)
     return matplotlib.pyplot
 
 
-def save_figure(figure, path, **how):
+def save_figure(figure, path):
     """A matplotlib figure as a PNG file, written whole, and closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, **how)
+    figure.savefig(buffer, dpi=150, bbox_inches="tight")
     write_whole(path, buffer.getvalue())
     pyplot().close(figure)
+
+
+def legend_beside(axis):
+    """A legend to the right of a panel, where it covers nothing."""
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_run(folder, result, plot):
     """accuracy.png, loss.png, losses.png (by task), a figure per matrix, and the method's own."""
     import pandas
-    names, rows = result["tasks"], read_log(folder)
+    names, rows, plt = result["tasks"], read_log(folder), pyplot()
     accuracy = pandas.DataFrame(result["accuracy"])                 # [seeds, tasks]
-    bars = pandas.DataFrame({"zero-shot CLIP": result["zero_shot"], result["method"]:
-                             accuracy.mean()}).loc[names]
-    spread = pandas.DataFrame({"zero-shot CLIP": 0.0, result["method"]: accuracy.std().fillna(0)})
-    axes = bars.plot.bar(yerr=spread.loc[names], figsize=(1.5 + 1.3 * len(names), 4), rot=20,
-                         ylabel="accuracy (%)", width=0.8)
-    save_figure(axes.figure, folder / "accuracy.png", bbox_inches="tight")
-    curves = pandas.DataFrame([row for row in rows if "loss" in row])
-    if len(curves):
-        curves = curves.pivot_table("loss", "epoch", ["seed", "phase"], sort=False)
-        axes = curves.plot(marker="o", ylabel="training loss", legend=curves.shape[1] < 12)
-        save_figure(axes.figure, folder / "loss.png", bbox_inches="tight")
-    plot_losses(folder / "losses.png", names, rows)
+    bars = pandas.DataFrame({"zero-shot CLIP": result["zero_shot"],
+                             title_of(result["method"]): accuracy.mean()}).loc[names]
+    spread = np.array([[0.0] * len(names), accuracy.std().fillna(0)[names]])
+    axes = bars.plot.bar(yerr=spread, figsize=(2.5 + 0.7 * len(names), 4), width=0.8,
+                         ylabel="accuracy (%)")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    legend_beside(axes)
+    save_figure(axes.figure, folder / "accuracy.png")
+    curves, panels = {}, {}
+    for row in rows:
+        label = f"seed {row['seed']}, {row['phase']}"
+        if "loss" in row:
+            curves.setdefault(label, []).append(row["loss"])
+        if len(row.get("losses", [])) == len(names) > 1:
+            panels.setdefault(label, []).append(row["losses"])
+    if curves:
+        figure, axes = plt.subplots(squeeze=False)
+        for label, losses in curves.items():
+            plot_epochs(axes[0, 0], losses, label)
+        if len(curves) < 25:
+            legend_beside(axes[0, 0])
+        save_figure(figure, folder / "loss.png")
+    if panels:
+        figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 3.5),
+                                    squeeze=False, layout="tight")
+        for axis, (label, losses) in zip(axes[0], panels.items()):
+            plot_epochs(axis, losses, names, label)
+        legend_beside(axes[0, -1])
+        save_figure(figure, folder / "losses.png")
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
             plot_matrix(folder / f"{key}-{seed}.png", matrix, names, f"{key}, seed {seed}")
     plot(folder, result, rows)
 
 
-def plot_losses(path, names, rows):
-    """The tasks' losses by epoch, a panel per seed and phase that trains all tasks together."""
-    panels = {}
-    for row in rows:
-        if len(row.get("losses", [])) == len(names):
-            panels.setdefault(f"seed {row['seed']}, {row['phase']}", []).append(row["losses"])
-    if not panels:
-        return
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(4 * len(panels), 3.5),
-                                     squeeze=False, layout="tight")
-    for axis, (title, losses) in zip(axes[0], panels.items()):
-        axis.plot(range(1, len(losses) + 1), losses, marker="o", label=names)
-        axis.set(title=title, xlabel="epoch", ylabel="training loss")
-    axes[0, 0].legend(fontsize=7)
-    save_figure(figure, path)
+def plot_epochs(axis, values, label, title="", ylabel="training loss"):
+    """A curve over the epochs, or one per task."""
+    axis.plot(range(1, len(values) + 1), values, label=label)
+    axis.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def plot_matrix(path, matrix, names, title):
-    """A matrix over tasks with its numbers: rows are sources, columns targets."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(names), 1 + 0.8 * len(names)))
-    figure.colorbar(axes.imshow(matrix))
+    """A matrix over tasks with its numbers, rows are sources, columns targets; the diagonal has no
+    colour, so that the others have the whole scale."""
+    if len(names) < 2:
+        return
+    figure, axes = pyplot().subplots(figsize=(1.5 + 0.6 * len(names), 1 + 0.6 * len(names)))
+    image = axes.imshow(np.where(np.eye(len(names)), np.nan, matrix))
+    figure.colorbar(image, fraction=0.046, pad=0.04)
     for i, j in np.ndindex(len(names), len(names)):
-        axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7, color="white",
-                  backgroundcolor="#00000060")
+        luminance = image.to_rgba(matrix[i][j])[:3] @ np.array([0.299, 0.587, 0.114])
+        axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", fontsize=7,
+                  color="black" if i == j or luminance > 0.5 else "white")
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.set_title(title)
-    save_figure(figure, path, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 # ----------------------------------------------- columns of the papers' tables that train no prompt
@@ -2309,6 +2332,14 @@ def method_of(name):
     return known.get(name) or load_method(name).METHOD
 
 
+def title_of(name):
+    """A method's name in tables and figures, or that of its file where this is elsewhere."""
+    try:
+        return method_of(name).title
+    except UserError:
+        return name
+
+
 def command_of(name):
     """The words that start a method: "mmap.py", or "common.py finetune"."""
     return method_of(name).command
@@ -2560,7 +2591,7 @@ def plot_parameters(out, runs):
                      label="zero-shot CLIP")
         axis.set(xscale="log", xlabel="trainable parameters", ylabel="average accuracy (%)",
                  title=title)
-        axis.legend(fontsize=7)
+        legend_beside(axis)
     save_figure(figure, out / "parameters.png")
     return ["parameters.png"]
 
@@ -2585,7 +2616,7 @@ def plot_shots(out, runs):
             axis.plot(before, "--", color="grey", label="zero-shot CLIP")
             axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
                      xlabel="images per class", ylabel="accuracy (%)")
-        row[0].legend(fontsize=7)
+        legend_beside(row[part.task.nunique() - 1])
     save_figure(figure, out / "shots.png")
     return ["shots.png"]
 

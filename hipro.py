@@ -401,26 +401,35 @@ def report(args, tasks, prompts):
 # ----------------------------------------------------------------------------------------- figures
 
 def plot(folder, result, rows):
-    """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4)."""
-    for seed, nodes in zip(result["seeds"], result["nodes"]):
-        single = [[name] in nodes for name in result["tasks"]]
-        if len(nodes[-1]) < len(single) or not all(single):     # TAG's groups are no tree
+    """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4); at
+    a node that joins two, their affinity, Eq. (4), where it was measured."""
+    names = result["tasks"]
+    for k, (seed, nodes) in enumerate(zip(result["seeds"], result["nodes"])):
+        single = all([name] in nodes for name in names)
+        if len(names) == 1 or len(nodes[-1]) < len(names) or not single:    # TAG's are not a tree
             continue
-        figure, axes = common.pyplot().subplots(figsize=(6, 1 + 0.35 * len(result["tasks"])))
+        figure, axes = common.pyplot().subplots(figsize=(6, 1 + 0.35 * len(names)))
         order, place = leaves(nodes[-1], nodes), {}
         for node in sorted(nodes, key=len):
-            spots = [place[tuple(child)] for child in children(node, nodes)]
+            below = children(node, nodes)
+            spots = [place[tuple(child)] for child in below]
             if not spots:                               # a leaf
                 place[tuple(node)] = 0, order.index(node[0])
                 continue
             height, middle = max(x for x, _ in spots) + 1, sum(y for _, y in spots) / len(spots)
             place[tuple(node)] = height, middle
             for x, y in spots:
-                axes.plot([x, height, height], [y, y, middle], color="black")
+                axes.plot([x, height, height], [y, y, middle], "-", color="black", marker="")
+            if "affinity" in result:
+                a, b = ([names.index(name) for name in child] for child in below)
+                mean = group_affinity(result["affinity"][k], a, b)
+                axes.text(height - 0.05, middle, f"{mean:.3g}", ha="right", va="center", fontsize=7)
+        axes.text(height + 0.05, middle, f"root: all {len(names)} tasks", va="center")
         axes.set_yticks(range(len(order)), order)
         axes.set_xticks([])
+        axes.spines[:].set_visible(False)
         axes.set_title(f"task tree, seed {seed}")
-        common.save_figure(figure, folder / f"tree-{seed}.png", bbox_inches="tight")
+        common.save_figure(figure, folder / f"tree-{seed}.png")
 
 
 def children(node, nodes):

@@ -74,7 +74,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -492,11 +491,24 @@ def aside(args, task, seed):
 
 
 def plot(folder, result, rows):
-    """causal-SEED.png (Figure 4) and schedule-SEED.png (Figure 5; below it alpha, beta, phi)."""
-    for seed in result["seeds"]:
+    """causal-SEED.png (Figure 4); schedule-SEED.png, beta-SEED.png, and for Figure 5, whose losses
+    are in losses.png, affinity-SEED-epoch-5.png and -10.png (affinity-SEED.png is the last)."""
+    names = result["tasks"]
+    for seed, beta in zip(result["seeds"], result["beta"]):
         mine = [row for row in rows if row["seed"] == seed]
-        plot_causal(folder / f"causal-{seed}.png", result["tasks"], mine)
-        plot_schedule(folder / f"schedule-{seed}.png", result["tasks"], mine)
+        plot_causal(folder / f"causal-{seed}.png", names, mine)
+        figure, axes = common.pyplot().subplots(1, 2, figsize=(10, 3.5), layout="tight")
+        for axis, key in zip(axes, ("alpha", "phi")):
+            common.plot_epochs(axis, [row[key] for row in mine], names, key, "mean of an epoch")
+        common.legend_beside(axes[1])
+        common.save_figure(figure, folder / f"schedule-{seed}.png")
+        common.plot_matrix(folder / f"beta-{seed}.png", beta, names,
+                           f"beta of a target (row) for a source, seed {seed}")
+        for row in mine[:-1]:
+            if row["epoch"] in (5, 10):
+                common.plot_matrix(folder / f"affinity-{seed}-epoch-{row['epoch']}.png",
+                                   row["affinity"], names,
+                                   f"affinity, seed {seed}, epoch {row['epoch']}")
 
 
 def plot_causal(path, names, rows):
@@ -504,31 +516,13 @@ def plot_causal(path, names, rows):
     titles = dict(batch_effect="causal effect, Eq. (4)", batch_phi="weight, Eq. (6)")
     figure, axes = common.pyplot().subplots(len(names), 2, figsize=(9, 2.2 * len(names)),
                                             squeeze=False, layout="tight")
+    shown = rows[:1] + rows[1:20][-1:]
     for (i, name), (k, key) in itertools.product(enumerate(names), enumerate(titles)):
-        for row in (rows[0], rows[min(20, len(rows)) - 1]):
-            axes[i, k].plot(range(1, len(row[key][i]) + 1), row[key][i], marker="o",
-                            label=f"epoch {row['epoch']}")
-        axes[i, k].set(title=f"{name}: {titles[key]}", xlabel="batch")
-        axes[i, k].legend()
-    common.save_figure(figure, path)
-
-
-def plot_schedule(path, names, rows):
-    """The tasks' losses, the affinity in epochs 5 and 10, and alpha, beta and phi by epoch."""
-    figure, axes = common.pyplot().subplots(2, 3, figsize=(15, 8), layout="tight")
-    epochs = [row["epoch"] for row in rows]
-    for axis, key in zip(axes.flat[[0, 3, 4, 5]], ("losses", "alpha", "beta", "phi")):
-        for i, name in enumerate(names):
-            values = np.array([row[key][i] for row in rows])    # of beta a line per source task
-            axis.plot(epochs, values, color=f"C{i}", label=name if key == "losses" else None)
-        axis.set(title=key, xlabel="epoch")
-    axes[0, 0].legend()
-    for axis, epoch in zip(axes[0, 1:], (5, 10)):
-        row = rows[min(epoch, len(rows)) - 1]
-        figure.colorbar(axis.imshow(row["affinity"], vmin=-1, vmax=1, cmap="RdBu"))
-        axis.set_xticks(range(len(names)), names, rotation=30)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_title(f"affinity of row on column, epoch {row['epoch']}")
+        for row in shown:
+            common.plot_epochs(axes[i, k], row[key][i], f"epoch {row['epoch']}",
+                               f"{name}: {titles[key]}", "")
+        axes[i, k].set_xlabel("batch")
+    common.legend_beside(axes[0, 1])
     common.save_figure(figure, path)
 
 

@@ -296,7 +296,7 @@ def plot(out):
                  yerr=[standard_error(x) for x in values], capsize=4)
         axis.set(title=title, ylabel=unit)
         axis.title.set_size(10)
-    common.save_figure(figure, out / "claims.png", bbox_inches="tight")
+    common.save_figure(figure, out / "claims.png")
 
 
 @dataclass

@@ -344,6 +344,40 @@ def test_zero_shot_ends_with_the_closing_table_and_a_result(place, tmp_path, cap
     assert rows[1] == ["zero-shot", "zero_shot (with --templates ensemble)"]
 
 
+# --------------------------------------------------------------------------- the figures of a run
+
+@pytest.mark.parametrize("name, drawn", [
+    ("mmap", "similarity-1"), ("hipro", "affinity-1 tree-1"),
+    ("jscpt", "affinity-1 beta-1 causal-1 schedule-1")])
+def test_every_figure_of_a_run_of_one_epoch_shows_something(name, drawn, place, tmp_path,
+                                                            monkeypatch):
+    """Points have markers, epochs are whole numbers, and legends stand beside the axes."""
+    figures = {}
+    monkeypatch.setattr(common, "save_figure",
+                        lambda figure, path: figures.update({path.stem: figure}))
+    common.main(METHODS[name], f"{place[1]} --shots 1 --n-ctx 2 --epochs 1 --plot "
+                               f"--out {tmp_path}/run".split())
+    assert sorted(figures) == sorted(["accuracy", "loss", "losses", *drawn.split()])
+    for title, figure in figures.items():
+        figure.canvas.draw()
+        for axis in figure.axes:
+            assert axis.lines or axis.images or axis.patches or axis.get_label() == "<colorbar>"
+            if axis.get_xlabel() == "epoch":
+                assert [line.get_marker() for line in axis.lines] == list("os"[:len(axis.lines)])
+                low, high = axis.get_xlim()
+                assert [x for x in axis.get_xticks() if low < x < high] == [1]
+            if axis.get_legend():
+                assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+            for image in axis.images:               # the diagonal is outside of the colour scale
+                assert image.get_array().mask.tolist() == [[True, False], [False, True]]
+    bars = [text.get_text() for text in figures["accuracy"].axes[0].get_legend().get_texts()]
+    assert bars == ["zero-shot CLIP", METHODS[name].title]
+    if name == "hipro":
+        affinity = json.loads((tmp_path / "run/result.json").read_text())["affinity"][0][0][1]
+        texts = [text.get_text() for text in figures["tree-1"].axes[0].texts]
+        assert texts == [f"{affinity:.3g}", "root: all 2 tasks"]
+
+
 # -------------------------------------------------------------------------------------- predictions
 
 CLASSES = ["cat", "cup", "dog", "hat", "owl", "red ball"]

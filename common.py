@@ -946,6 +946,8 @@ class AtLeast:
 Count = Annotated[int, AtLeast(1)]
 Rate = Annotated[float, AtLeast(0, open=True)]
 Share = Annotated[float, AtLeast(0, 1, open=True)]
+# a part that --no-x drops, and what --help says of that
+Kept = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: keep)")]
 
 
 @dataclass
@@ -961,11 +963,11 @@ class DataArgs:
     clip: str = "ViT-B/16"
     root: str = "data"  # folder that holds the datasets
     download: bool = False  # first fetch --data into --root, where torchvision can
-    device: str | None = None  # cpu, cuda, cuda:1, ... (default: CUDA where there is one)
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA where there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
     # processes that read images; 0 works everywhere
     workers: Annotated[int, AtLeast(0)] | None = None
-    out: str | None = None  # folder of this run (default: one of its own under runs/)
+    out: str | None = None  # folder of this run; None: one of its own under runs/
     resume: bool = False  # go on with the run in --out, with the settings saved there
     validate: bool = False  # hold out 20% of the training images and score on them
     plot: bool = False  # also draw figures into the run folder
@@ -1013,16 +1015,34 @@ def parse(method, argv=None):
 
     def read(**defaults):
         default = replace(method.Args(), **defaults)
-        args = tyro.cli(kind, args=argv, default=default, prog=method.command,
-                        description=inspect.cleandoc(method.doc or ""))
-        return absolute(args)
+        return absolute(tyro.cli(kind, args=argv, default=default, prog=method.command,
+                                 description=""))
 
+    show_help(argv, method.doc or "", changes_of(method))
     if inherits:
         return checked(method, inherited(method, read))
     built_in = datasets.built_in_shots(read().data) is not None
     usual = dict(clip="tiny") if built_in else {}
     usual.update(method.defaults(read(**usual)))
     return checked(method, read(**usual))
+
+
+def show_help(argv, *parts):
+    """With --help, print a command's text above its flags: tyro would wrap its tables."""
+    if "--help" in argv or "-h" in argv:
+        print(*(inspect.cleandoc(part) + "\n" for part in parts if part), sep="\n")
+
+
+def changes_of(method):
+    """What the built-in backbone and a benchmark change of the defaults that --help lists."""
+    usual, lines = method.Args(), []
+    wheres = {name: dict(data=name) for name in datasets.benchmarks.BENCHMARKS}
+    for name, where in dict(tiny=dict(clip="tiny"), **wheres).items():
+        found = method.defaults(replace(usual, **where))
+        changed = [f"{key} {found[key]}" for key in found if found[key] != getattr(usual, key)]
+        if changed:
+            lines.append(f"with {name}: {', '.join(changed)}")
+    return "\n".join(lines)
 
 
 def absolute(args):
@@ -1142,7 +1162,8 @@ def check_ranges(args):
         value = getattr(args, key)
         for kind in (hint, *get_args(hint)):
             for bounds in getattr(kind, "__metadata__", ()):
-                if isinstance(value, (int, float)) and value not in bounds:
+                if (isinstance(bounds, AtLeast) and isinstance(value, (int, float))
+                        and value not in bounds):
                     raise UserError(f"--{key.replace('_', '-')} must be {bounds}, not {value}")
     seeds = set(args.seeds)
     if len(seeds) < max(len(args.seeds), 1) or not all(0 <= seed < 2**32 for seed in seeds):
@@ -2349,8 +2370,9 @@ def command_of(name):
 
 def command_line(name, Args, argv):
     """The settings of a command, by tyro."""
+    show_help(argv, Args.__doc__)
     return tyro.cli(tyro.conf.FlagCreatePairsOff[Args], args=list(argv), prog=f"common.py {name}",
-                    description=inspect.cleandoc(Args.__doc__))
+                    description="")
 
 
 @dataclass
@@ -2629,7 +2651,7 @@ class PredictArgs:
     images: tyro.conf.Positional[tuple[str, ...]]  # files of images
     task: str | None = None  # the task that the images are of, where there are several
     clip: str | None = None  # backbone, where its file has moved
-    device: str | None = None  # cpu, cuda, ... (default: CUDA where there is one)
+    device: str | None = None  # cpu, cuda, ...; None: CUDA where there is one
 
 
 def predict(argv):

@@ -98,12 +98,12 @@ class Args(common.Args):
     upper_every: common.Count = 10  # M: lower steps per upper step; "H is set to 3 and M to 10"
     terms: Annotated[int, common.AtLeast(0)] = 3  # H: Hessian products in the Neumann series
     upper_lr: common.Rate = 0.0015  # eta_2: Adam's learning rate for alpha and beta (ours)
-    scale: common.Rate | None = None  # scale of the Neumann series (default: the learning rate)
+    scale: common.Rate | None = None  # scale of the Neumann series; None: the learning rate
     # D_dev: so many images per class from outside the training split
     dev_shots: common.Count | None = None
-    selection: bool = True  # learned masks; without: Table 4
-    prompt_schedule: bool = True  # phi depends on the causal effect; without: Table 4
-    task_schedule: bool = True  # phi depends on the affinity; without: Table 4
+    selection: common.Kept = True  # drop the learned masks, fixing them at 0.5: Table 4
+    prompt_schedule: common.Kept = True  # drop the causal effect from phi: Table 4
+    task_schedule: common.Kept = True  # drop the affinity from phi: Table 4
     cagrad: bool = False  # CAGrad in place of the task schedule: Table 4
 
 

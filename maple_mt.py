@@ -55,7 +55,7 @@ class Args(common.Args):
     # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
     batch_size: common.Count = 16
     n_ctx: common.Count = 16  # prompt length b (ours: gives the 4.8 M parameters of MmAP's Table 1)
-    depth: common.Count | None = None  # J, the number of layers with prompts (default: all)
+    depth: common.Count | None = None  # J, the number of layers with prompts; None: all
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # prompts per task, each trained alone (the papers' column MaPLe)
 

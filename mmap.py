@@ -97,9 +97,9 @@ class Args(common.Args):
     n_ctx: common.Count = 16  # prompt length b (ours)
     groups: common.Count = 2  # at most so many groups of tasks (ours)
     grouping: Literal["gradient", "random", "all", "none"] = "gradient"  # Sec. 3.3; others: Table 3
-    specific: bool = True  # a task-specific MmAP per task; without: Table 3
+    specific: common.Kept = True  # drop the task-specific MmAPs: Table 3
     prompt: Literal["mmap", "joint", "mlp"] = "mmap"  # Sec. 3.2; joint and mlp: Figure 5
-    # shape M N of a source prompt (default: b, gcd / 2)
+    # shape M N of a source prompt; None: b, gcd / 2
     source_shape: tuple[int, int] | None = None
 
 

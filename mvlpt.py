@@ -107,9 +107,9 @@ class Args(common.Args):
     batches: Literal["tasks", "mixed"] = "mixed"  # a batch of every task, or of the shuffled union
     n_ctx: common.Count = 4  # "4 contexts for UPT only", 16 for --prompt coop and vpt
     prompt: Literal["coop", "vpt", "upt"] = "upt"  # text context, image prompts, or both tied
-    source: str | None = None  # tasks of stage 1, as in --data, or none (default: the targets)
+    source: str | None = None  # tasks of stage 1, as in --data, or none; None: the targets
     init: str | None = None  # the prompts.pt of a run whose source prompt replaces stage 1
-    # of stage 2 (default: --epochs); 0: the source prompt as it is
+    # of stage 2; None: --epochs; 0: the source prompt as it is
     adapt_epochs: Annotated[int, common.AtLeast(0)] | None = None
     # tasks adapted together; best: Table 2
     group_size: common.Count | Literal["all", "best"] = 1

@@ -303,13 +303,14 @@ def plot(out):
 class Claim:
     """One controlled experiment."""
 
-    claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]  # which
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one experiment per seed
     out: str | None = None  # folder for CLAIM.json, and claims.png of all in it
 
 
 def main():
-    args = tyro.cli(Claim, description=__doc__)
+    common.show_help(sys.argv, __doc__)
+    args = tyro.cli(Claim, description="")
     found = measured(args.claim, args.seeds)
     for name, values in found.items():
         numbers = " ".join(f"{x:.3g}" for x in values)

@@ -1614,9 +1614,11 @@ def main(method, argv=None):
         method.build(args, model, unit)                         # rejects settings that do not fit
     if run:
         run.open({seed: tasks[seed] + sources[seed] for seed in args.seeds})
-        length = f"{args.epochs} epochs, " if isinstance(args, TrainArgs) else ""
-        print(f"{method.title} on {args.data}: {len(first)} tasks, {length}{args.clip}, "
-              f"{args.device} -> {run.folder}", flush=True)
+        length = ""
+        if isinstance(args, TrainArgs):
+            length = f"{args.epochs} epoch{'s' * (args.epochs > 1)}, "
+        print(f"{method.title} on {args.data}: {len(first)} task{'s' * (len(first) > 1)}, "
+              f"{length}{args.clip}, {args.device} -> {run.folder}", flush=True)
     scores = run.finished["scores"] if run else {}
     for seed in args.seeds:
         if seed in scores:

@@ -144,9 +144,10 @@ def warn_of_few(listings, shots):
     few = [take for x in listings for take in x.taken if shots is not None and take < shots]
     if few:
         classes = sum(len(x.taken) for x in listings)
-        tail = "" if all(x.test for x in listings) else ", so that some are left to test on"
-        warn_once(f"--shots {shots}: {len(few):,} of {classes:,} classes have too few images and "
-                  f"train on fewer, at least {min(few)}{tail}")
+        tested = all(x.test for x in listings)
+        tail = "" if tested else ", because a fifth of each is kept to test on"
+        warn_once(f"--shots {shots}: {len(few):,} of {classes:,} classes train on fewer images, "
+                  f"the smallest on {min(few)}{tail}")
 
 
 def as_images(pairs, listing):

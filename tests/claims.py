@@ -303,7 +303,8 @@ def plot(out):
 class Claim:
     """One controlled experiment."""
 
-    claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]  # which
+    # which
+    claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one experiment per seed
     out: str | None = None  # folder for CLAIM.json, and claims.png of all in it
 
@@ -314,8 +315,8 @@ def main():
     found = measured(args.claim, args.seeds)
     for name, values in found.items():
         numbers = " ".join(f"{x:.3g}" for x in values)
-        print(f"{name:32} {statistics.mean(values):8.3f} ± {standard_error(values):.3f}   "
-              f"({numbers})")
+        spread = f" ± {standard_error(values):.3f}" if len(values) > 1 else ""
+        print(f"{name:32} {statistics.mean(values):8.3f}{spread}   ({numbers})")
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,6 @@ def test_the_readmes_lines_of_python_name_a_class(tmp_path, monkeypatch, capsys)
     common.main(coop, ["--data", "emoji24:Noto Food", *words.split()])
     capsys.readouterr()
     exec(BLOCKS[1], {})
-    guess, label = capsys.readouterr().out.strip().split(" is ")
+    guess, label = capsys.readouterr().out.strip().removeprefix("predicted ").split(", true ")
     task = common.load_tasks("emoji", shots=6)[0]
     assert guess in task.class_names and label == task.class_names[task.test.labels[0]]

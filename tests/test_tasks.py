@@ -188,8 +188,8 @@ def test_classes_that_can_give_fewer_than_shots_are_named_once(tmp_path, capsys)
     for seed in (1, 2):
         load_tasks(f"few={tmp_path / 'a'}", shots=9, seed=seed)
     assert capsys.readouterr().err == (
-        "warning: --shots 9: 2 of 3 classes have too few images and train on fewer, at least 4, so "
-        "that some are left to test on\n"
+        "warning: --shots 9: 2 of 3 classes train on fewer images, the smallest on 4, because a "
+        "fifth of each is kept to test on\n"
     )
 
 

@@ -1345,9 +1345,12 @@ class Run:
         check_writable(self.folder)
 
     def _name(self, settings):
-        names = [Path(name).name for name in settings["data"].split(",")]
+        names = []
+        for name in settings["data"].split(","):            # of task=path, the task
+            names.append(Path(name if Path(name).exists() else name.split("=")[0]).name)
         data = re.sub(r"[^\w.-]+", "-", "-".join(names))[:60]
-        return f"{settings['method']}-{data}-{settings['shots'] or settings['split']}"
+        end = "-validate" if settings["validate"] else ""
+        return f"{settings['method']}-{data}-{settings['shots'] or settings['split']}{end}"
 
     def _read(self):
         finished, running, prompts = (self.folder / name for name in
@@ -1842,6 +1845,7 @@ def gather(settings, tasks, model, scores):
         accuracy={n: [d["accuracy"][i] for d in done] for i, n in enumerate(names)},
         average=[statistics.mean(d["accuracy"]) for d in done],
         trainable_parameters=done[0]["trainable_parameters"],
+        parameters_by_seed=[d["trainable_parameters"] for d in done],
         clip_parameters=sum(p.numel() for p in model.parameters()),
         seconds=[d.get("seconds", 0.0) for d in done],
     )
@@ -2430,12 +2434,13 @@ def table(argv):
     if out:
         check_writable(out)
     runs = read_runs(args.folders)
-    known = ["zero-shot", *dict.fromkeys(runs.label)]
-    if args.baseline not in (None, *known):
+    known = {letters(name): name for name in ["zero-shot", *runs.label]}
+    baseline = known.get(letters(args.baseline or ""))          # coop_mt is CoOp-MT, too
+    if args.baseline and not baseline:
         raise UserError(f"--baseline '{args.baseline}' is not a column: give one of "
-                        f"{', '.join(known)}")
-    tables = {title: layout(part, args.baseline) for title, part in runs.groupby("title")}
-    rows = runs.drop(columns=["folder", "key"]).to_csv(index=False)
+                        f"{', '.join(known.values())}")
+    tables = {title: layout(part, baseline) for title, part in runs.groupby("title")}
+    rows = runs.drop(columns="folder").to_csv(index=False)
     if out:
         check_table_folder(out, rows)
     for title, cells in tables.items():
@@ -2466,9 +2471,9 @@ def check_table_folder(out, rows):
 def read_runs(folders):
     """A data frame with a row per finished run, seed and task (and "average"), oldest run first.
 
-    Runs that differ in their seeds alone have one `key`; of two runs of one seed the later counts.
-    Runs of --validate are left out, as they scored other images. UserError for an unreadable
-    result.
+    Runs that differ in their seeds alone have one `label`; of two runs of one seed the later
+    counts. Runs of --validate are left out, as they scored other images. UserError for an
+    unreadable result.
     """
     import pandas
     rows, validated, paths = [], 0, set()
@@ -2495,11 +2500,11 @@ def read_runs(folders):
         row.update({key: datasets.printable(value) for key, value in row.items()
                     if isinstance(value, str)})
     runs = by_tests(pandas.DataFrame(rows))
-    same = ["title", "key", "seed", "task"]
+    same = ["title", "label", "seed", "task"]
     for folder in runs[runs.duplicated(same, keep="last")].folder.unique():
         print(f"{folder} has a seed that a later run has, too: the later one counts",
               file=sys.stderr)
-    return labelled(runs.drop_duplicates(same, keep="last"))
+    return runs.drop_duplicates(same, keep="last")
 
 
 def by_tests(runs):
@@ -2528,8 +2533,9 @@ def rows_of(result):
         size = f"split {result['split']}"
     shared = {key: result["settings"].get(key) for key in (*SETTINGS, "precision")}
     shared.update(title=f"{result['data']}, {size}, {result['clip']}",
-                  key=json.dumps([shared[key] for key in COLUMN]),
-                  parameters=int(result["trainable_parameters"]))
+                  label=label_of(result["settings"]))
+    usual = [int(result["trainable_parameters"])] * len(result["seeds"])
+    parameters = result.get("parameters_by_seed", usual)
     rows = []
     for i, seed in enumerate(result["seeds"]):
         zero_shot = [result["zero_shot_by_seed"][task][i] for task in result["tasks"]]
@@ -2538,20 +2544,24 @@ def rows_of(result):
                                        [*zero_shot, statistics.mean(zero_shot)],
                                        [*accuracy, statistics.mean(accuracy)]):
             rows.append(dict(shared, task=task, seed=seed, tests=result["tests"][i],
-                             zero_shot=before, accuracy=after))
+                             parameters=parameters[i], zero_shot=before, accuracy=after))
     return rows
 
 
-def labelled(runs):
-    """The runs with a `label`: the method, its variant, the settings in which twins differ."""
-    variants = [f" ({x})" if isinstance(x, str) else "" for x in runs.variant]
-    runs = runs.assign(label=runs.method + variants)
-    for _, twins in runs.groupby(["data", "clip", "label"]):
-        differ = [key for key in COLUMN[2:] if twins[key].astype(str).nunique() > 1]
-        for key in differ:
-            words = twins[key].map(lambda value, key=key: said(key, value).removeprefix("with "))
-            runs.loc[twins.index, "label"] += ", " + words
-    return runs
+def label_of(settings):
+    """The name of a run's column: its method, and the settings that are not this one's defaults."""
+    try:
+        method = method_of(settings["method"])
+    except UserError:                               # its file is elsewhere
+        method = Method(settings["method"], Args, settings["method"], None, None, None)
+    names = {field.name for field in fields(method.Args)} & settings.keys()
+    args = method.Args(**{name: settings[name] for name in names})
+    usual = replace(method.Args(), **method.defaults(args))
+    words = [settings["variant"]] if settings["variant"] else []
+    for key in [key for key in COLUMN[2:] if key in names]:
+        if getattr(args, key) != getattr(usual, key):
+            words.append(said(key, getattr(args, key)))
+    return ", ".join([method.title, *words]).replace("with --", "--")
 
 
 def layout(part, baseline=None):
@@ -2570,7 +2580,8 @@ def layout(part, baseline=None):
     cells = cells.map(lambda values: mean_std(values) if isinstance(values, list) else "")
     columns = every.groupby("label")
     cells.loc["seeds"] = columns.seed.unique().map(lambda x: " ".join(map(str, sorted(x))))
-    cells.loc["parameters"] = columns.parameters.last().map("{:,}".format)
+    cells.loc["parameters"] = columns.parameters.unique().map(
+        lambda x: " to ".join(f"{count:,}" for count in sorted({min(x), max(x)})))
     if baseline:
         averages = every[every.task == "average"].pivot_table("accuracy", "seed", "label")
         minus = averages.sub(averages[baseline], axis=0).drop(columns=baseline)

@@ -116,8 +116,10 @@ def test_data_may_have_more_names_than_a_file_name_has_letters(tmp_path, monkeyp
     given = ",".join(f"task{i}=d" for i in range(60))
     assert [task.name for task in load_tasks(given, shots=1)] == [f"task{i}" for i in range(60)]
     assert absolute(given).split(",")[59] == f"task59={tmp_path}/d"
-    with pytest.raises(UserError, match="xx is unknown: it is no folder"):
+    with pytest.raises(UserError, match="xx is unknown: it is not a folder"):
         load_tasks("x" * 5000, shots=1)
+    with pytest.raises(UserError, match="^there is no folder own/shapes: --data takes"):
+        load_tasks("own/shapes", shots=1)
 
 
 def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, here):

@@ -91,7 +91,7 @@ def test_a_papers_number_stands_beside_a_run_with_its_settings_and_no_other(caps
 def write_run(folder, seeds=(1, 2), zero_shot=None, method="coop_mt", **changes):
     """The result.json of a run; accuracy 60 and 62 on A, 40 and 41 on B, zero-shot 50 and 30."""
     settings = dict(method=method, variant=None, data="pets", split=None, shots=4, clip="tiny",
-                    epochs=5, n_ctx=4, precision="fp32", validate=False)
+                    epochs=15, n_ctx=16, precision="auto", validate=False)
     settings.update({key: changes.pop(key) for key in list(changes) if key in settings})
     accuracy = changes.pop("accuracy", dict(A=[60.0, 62.0], B=[40.0, 41.0]))
     usual = dict(A=[50.0] * len(seeds), B=[30.0] * len(seeds))
@@ -113,32 +113,41 @@ def table(capsys, *words):
 def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     runs, out = tmp_path / "runs", tmp_path / "out"
     write_run(runs / "a")
-    write_run(runs / "b", seeds=[3], accuracy=dict(A=[64.0], B=[45.0]))
-    write_run(runs / "c", epochs=9)
-    write_run(runs / "d", method="mmap", variant="with --no-specific", seeds=[7],
-              accuracy=dict(A=[1.0], B=[3.0]))
+    write_run(runs / "b", seeds=[3], accuracy=dict(A=[64.0], B=[45.0]), trainable_parameters=1230)
+    write_run(runs / "c", epochs=9, n_ctx=4)
+    write_run(runs / "d", method="mmap", variant="with --no-specific", seeds=[7], n_ctx=4,
+              epochs=10, accuracy=dict(A=[1.0], B=[3.0]))
     write_run(runs / "e", validate=True, accuracy=dict(A=[99.0, 99.0], B=[99.0, 99.0]))
     write_run(runs / "f", split=0.1, shots=None)
     rows, err = table(capsys, runs, "--out", out)
     assert "left out: 1 run of --validate" in err
     assert rows[:8] == [
         ["pets, 4 shots, tiny"],
-        ["zero-shot", "coop_mt, --epochs 5", "coop_mt, --epochs 9", "mmap (with --no-specific)"],
+        ["zero-shot", "CoOp-MT", "CoOp-MT, --epochs 9, --n-ctx 4", "MmAP, --no-specific"],
         ["A", "50.0 ± 0.0", "62.0 ± 2.0", "61.0 ± 1.4", "1.0"],
         ["B", "30.0 ± 0.0", "42.0 ± 2.6", "40.5 ± 0.7", "3.0"],
         ["average", "40.0 ± 0.0", "52.0 ± 2.3", "50.8 ± 1.1", "2.0"],
         ["seeds", "1 2 3 7", "1 2 3", "1 2", "7"],
-        ["parameters", "0", "1,234", "1,234", "1,234"],
+        ["parameters", "0", "1,230 to 1,234", "1,234", "1,234"],
         [""]]
     assert rows[8] == ["pets, split 0.1, tiny"]
     markdown = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert markdown[0] == "**pets, 4 shots, tiny**"
     assert markdown[4] == "| A | 50.0 ± 0.0 | 62.0 ± 2.0 | 61.0 ± 1.4 | 1.0 |"
     rows = list(csv.DictReader((out / "table.csv").open(encoding="utf-8")))
-    first = ("coop_mt, --epochs 5", "average", "4.0")
+    first = ("CoOp-MT", "average", "4.0")
     mine = {row["seed"]: float(row["accuracy"]) for row in rows
             if (row["label"], row["task"], row["shots"]) == first}
     assert len(rows) == 24 and mine == {"1": 50.0, "2": 51.5, "3": 54.5}
+
+
+@pytest.mark.parametrize("data, validate, name", [
+    ("emoji", True, "mmap-emoji-4-validate"), ("birds=/a/x,cars=/b/x", False, "mmap-birds-cars-4"),
+    ("/a/birds,emoji:Noto+Fluent", False, "mmap-birds-emoji-Noto-Fluent-4")])
+def test_a_runs_own_folder_is_named_after_its_tasks_and_what_it_scores(data, validate, name):
+    settings = dict(method="mmap", data=data, shots=4, split=None, validate=validate)
+    run = common.Run(common.DataArgs(data=data), settings)
+    assert run.folder.name == name
 
 
 def test_runs_on_other_test_images_or_in_another_precision_stand_apart(tmp_path, capsys):
@@ -149,7 +158,7 @@ def test_runs_on_other_test_images_or_in_another_precision_stand_apart(tmp_path,
     rows, _ = table(capsys, tmp_path)
     titles = [row[0] for row in rows if row[0].startswith("pets")]
     assert titles == ["pets, 4 shots, tiny", "pets, 4 shots, tiny, other test images (2)"]
-    assert rows[1] == ["zero-shot", "coop_mt, --precision fp32", "coop_mt, --precision bf16"]
+    assert rows[1] == ["zero-shot", "CoOp-MT", "CoOp-MT, --precision bf16"]
     assert rows[4][1:] == ["40.0 ± 0.0", "50.8 ± 1.1", "2.0"]
 
 
@@ -161,7 +170,7 @@ def test_differences_to_a_baseline_are_paired_by_seed(tmp_path, capsys):
     write_run(tmp_path / "c", method="hipro", seeds=[2], accuracy=dict(A=[50.0], B=[50.0]))
     write_run(tmp_path / "d", method="jscpt", seeds=[9], accuracy=dict(A=[50.0], B=[50.0]))
     rows, _ = table(capsys, tmp_path, "--baseline", "coop_mt")
-    assert rows[-1][:1] + rows[-1][2:] == ["minus coop_mt", "+2.0 ± 1.0", "-1.5"]
+    assert rows[-1][:1] + rows[-1][2:] == ["minus CoOp-MT", "+2.0 ± 1.0", "-1.5"]
     rows, _ = table(capsys, tmp_path, "--baseline", "zero-shot")
     assert rows[-1][2:] == ["-1.8 ± 14.6", "+10.0", "+10.0"]        # 13, 12.5 and -31
 
@@ -189,9 +198,9 @@ def test_the_zero_shot_column_is_the_mean_over_all_seeds_of_the_table(tmp_path, 
 def test_the_settings_of_another_benchmark_do_not_change_a_label(tmp_path, capsys):
     """A method runs with other epochs on other data; only twins on one benchmark are told apart."""
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b", data="animals", epochs=15)
+    write_run(tmp_path / "b", data="minidomainnet", clip="ViT-B/16", epochs=5)
     rows, _ = table(capsys, tmp_path)
-    assert rows.count(["zero-shot", "coop_mt"]) == 2
+    assert rows.count(["zero-shot", "CoOp-MT"]) == 2
 
 
 def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, capsys):
@@ -341,7 +350,7 @@ def test_zero_shot_ends_with_the_closing_table_and_a_result(place, tmp_path, cap
         expected = 100 * hits.double().mean().item()
         assert result["accuracy"]["painted"][i] == pytest.approx(expected)
     rows, _ = table(capsys, tmp_path / "runs")
-    assert rows[1] == ["zero-shot", "zero_shot (with --templates ensemble)"]
+    assert rows[1] == ["zero-shot", "Zero-shot CLIP, --templates ensemble"]
 
 
 # --------------------------------------------------------------------------- the figures of a run

@@ -53,8 +53,11 @@ def find(name, root):
     if os.path.exists(path):
         raise UserError(f"{path} is a file, and --data takes the name of a benchmark or a folder "
                         "domain/class/*.jpg")
+    if os.sep in name:
+        raise UserError(f"there is no folder {name}: --data takes the name of a "
+                        "benchmark, a folder domain/class/*.jpg, or name=folder")
     close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.4)
-    hint = "it is no folder, and the benchmarks are"
+    hint = "it is not a folder, and the benchmarks are"
     if close:
         hint = f"did you mean '{close[0]}'? The benchmarks are"
     raise UserError(f"--data {name or 'of nothing'} is unknown: {hint} {', '.join(BENCHMARKS)}")

@@ -2524,16 +2524,20 @@ def by_tests(runs):
     return runs
 
 
+def benchmark_of(run):
+    """The data, split and backbone of a result, or of settings: "emoji, 6 shots, tiny"."""
+    size = "all"
+    if run["shots"] is not None:
+        size = f"{run['shots']} shot{'s' * (run['shots'] > 1)}"
+    if run["split"] is not None:
+        size = f"split {run['split']}"
+    return f"{run['data']}, {size}, {run['clip']}"
+
+
 def rows_of(result):
     """The rows of one result.json, per seed and task (and "average"); fails on a damaged one."""
-    size = "all"
-    if result["shots"] is not None:
-        size = f"{result['shots']} shot{'s' * (result['shots'] > 1)}"
-    if result["split"] is not None:
-        size = f"split {result['split']}"
     shared = {key: result["settings"].get(key) for key in (*SETTINGS, "precision")}
-    shared.update(title=f"{result['data']}, {size}, {result['clip']}",
-                  label=label_of(result["settings"]))
+    shared.update(title=benchmark_of(result), label=label_of(result["settings"]))
     usual = [int(result["trainable_parameters"])] * len(result["seeds"])
     parameters = result.get("parameters_by_seed", usual)
     rows = []
@@ -2718,13 +2722,42 @@ def predict(argv):
             print(f"{100 * p:6.1f}  {saved['tasks'][chosen][k]}")
 
 
+@dataclass
+class ShowArgs:
+    """What a run's prompts are: method, settings, tasks, groups and scores."""
+
+    prompts: tyro.conf.Positional[str]  # the prompts.pt of a run, or its folder
+
+
+def show(argv):
+    """`python common.py show CKPT`: scores and groups are those of a result.json beside it."""
+    path = datasets.expand(command_line("show", ShowArgs, argv).prompts)
+    path = path / "prompts.pt" if path.is_dir() else path
+    saved, result = load_prompts(path), None
+    if path.with_name("result.json").is_file():
+        result = load_result(path.with_name("result.json"))
+    with usable(path.parent, "give the prompts.pt that a run wrote"):
+        print(f"{label_of(saved['settings'])}\n{benchmark_of(saved['settings'])}")
+        rows = [[name, f"{len(classes)} classes"] for name, classes in saved["tasks"].items()]
+        if result:
+            rows = [[*row, mean_std(result["accuracy"][row[0]])] for row in rows]
+            rows.append(["average", "", mean_std(result["average"])])
+        print(f"\n{aligned(rows)}\n\nseeds {' '.join(map(str, saved['prompts']))}")
+        if result:
+            print(f"{measured(result)} in %; {result['trainable_parameters']:,} parameters")
+        for key in [key for key in ("groups", "nodes") if result and key in result]:
+            for seed, groups in zip(result["seeds"], result[key]):
+                named = ["[" + ", ".join(group) + "]" for group in groups]
+                print(f"{key}, seed {seed}: {'  '.join(named) or 'none'}")
+
+
 COMMANDS = {"check": check_data, "zero-shot": functools.partial(main, ZERO_SHOT),
             "probe": functools.partial(main, PROBE), "finetune": functools.partial(main, FINETUNE),
-            "table": table, "predict": predict}
+            "table": table, "predict": predict, "show": show}
 
 
 def commands(argv=None):
-    """`python common.py check|zero-shot|probe|finetune|table|predict ...`."""
+    """`python common.py check|zero-shot|probe|finetune|table|predict|show ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     usage = f"usage: python common.py {'|'.join(COMMANDS)} ...   (each has --help)"
     if not argv:

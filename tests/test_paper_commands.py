@@ -16,7 +16,8 @@ from data import benchmarks
 
 NAMES = ["coop_mt", "vpt_mt", "maple_mt", "mvlpt", "hipro", "mmap", "jscpt"]
 READY = [name for name in NAMES if hasattr(common.load_method(name), "METHOD")]
-OTHERS = dict(check=common.CheckArgs, table=common.TableArgs, predict=common.PredictArgs)
+OTHERS = dict(check=common.CheckArgs, table=common.TableArgs, predict=common.PredictArgs,
+              show=common.ShowArgs)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COLUMNS = json.loads((ROOT / "data" / "paper_results.json").read_text("utf-8"))["columns"]

@@ -13,7 +13,7 @@ from decimal import Decimal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, Phases, make_tree, noise, random_clip, small_tasks
+from conftest import ROOT, TINY, Phases, make_tree, noise, random_clip, says, small_tasks
 
 import common
 
@@ -486,6 +486,13 @@ def test_predictions_are_the_probabilities_computed_by_hand_and_need_no_dataset(
         assert [line[6:].strip() for line in lines] == [CLASSES[k] for k in best]
         chances = [100 * row[k].item() for k in best]
         assert [float(line[:6]) for line in lines] == pytest.approx(chances, abs=0.06)
+    common.commands(["show", f"{tmp_path}/run"])
+    result, told = json.loads((tmp_path / "run/result.json").read_text()), capsys.readouterr().out
+    says(told, f"{METHODS[name].title}, --", f"{data}, 1 shot, ", "painted  6 classes", "seeds 1\n",
+         f" {result['average'][0]:.1f}\n\nseeds", f"{result['trainable_parameters']:,}")
+    groups = dict(mmap="groups, seed 1: [drawn]  [painted]",
+                  hipro="nodes, seed 1: [drawn]  [painted]  [drawn, painted]")
+    says(told, groups.get(name, ""))
 
 
 def test_the_prompts_of_single_tasks_predict_their_own_task(place, tmp_path, capsys):

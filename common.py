@@ -1412,11 +1412,16 @@ class Run:
             self._restore(parts, "checkpoint.pt", self.running)
         else:
             self.running = dict(seed=self.seed, phase=phase, epoch=0, seconds=0.0, rows=[])
-        for epoch in progress(range(self.running["epoch"], n), phase):
+        first, text = self.running["epoch"], f"seed {self.seed}, {phase}"
+        self.bar = progress(None, text)                     # of steps
+        for epoch in range(first, n):
             seed_everything(self.seed, phase, epoch)
             self.values, start = {}, time.time()
             yield epoch
             self._add_row(phase, epoch, modules)
+            self.bar.total = self.bar.n * (n - first) // (epoch + 1 - first)
+            if "loss" in self.values:
+                tell_epoch(text, epoch, n, self.running["rows"][-1]["loss"])
             self.running["seconds"] += time.time() - start
             states = {name: part.state_dict() for name, part in parts.items()}
             self.running.update(epoch=epoch + 1, parts=states)
@@ -1424,6 +1429,7 @@ class Run:
             self._write_log()
             if Run.interrupted:
                 raise KeyboardInterrupt
+        self.bar.close()
         self.finished["rows"] += self.running["rows"]
         self.finished["phases"][phase] = dict(
             seconds=self.running["seconds"],
@@ -1446,6 +1452,7 @@ class Run:
         for name, value in values.items():
             value = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
             self.values.setdefault(name, []).append(value)
+        self.bar.update("loss" in values)                   # once a step
 
     def _add_row(self, phase, epoch, modules):
         row = dict(seed=self.seed, phase=phase, epoch=epoch + 1)
@@ -1543,6 +1550,12 @@ def check_writable(folder):
 def progress(iterable, text):
     """A progress bar on a terminal, for what takes over two seconds."""
     return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)
+
+
+def tell_epoch(phase, epoch, n, loss):
+    """A line per epoch, where no terminal shows the bar."""
+    if not sys.stderr.isatty():
+        print(f"{phase}: epoch {epoch + 1} of {n}, loss {loss:.4g}", flush=True)
 
 
 # ------------------------------------------------------------------------- what a method is; main

@@ -131,7 +131,10 @@ class Training(Phases):
         self.rows = []
 
     def epochs(self, phase, n, **parts):
-        for epoch in super().epochs(phase, n, **parts):
+        text = f"seed {self.seed}, {phase}"
+        bar = common.progress(super().epochs(phase, n, **parts), text)
+        bar.total = n
+        for epoch in bar:
             before = len(self.logged)
             yield epoch
             values = {}
@@ -139,6 +142,7 @@ class Training(Phases):
                 for name, value in step.items():
                     values.setdefault(name, []).append(torch.as_tensor(value))
             self.rows.append({name: torch.stack(x).double().mean(0) for name, x in values.items()})
+            common.tell_epoch(text, epoch, n, self.rows[-1]["loss"])
 
 
 def settings(method, seed, **changes):

@@ -118,6 +118,10 @@ def test_a_run_reports_in_its_own_folder(whole):
     result = json.loads((out / "result.json").read_text())
     method, count = method_of(command).name, PARAMETERS[command]
     assert (result["method"], result["tasks"]) == (method, ["drawn", "painted"])
+    with (out / "log.csv").open() as log:               # and tells it as it goes on
+        for row in csv.DictReader(log):
+            assert re.search(rf"^seed {row['seed']}, {row['phase']}: epoch {row['epoch']} of \d, "
+                             rf"loss {float(row['loss']):.4g}$", printed, re.MULTILINE), row
     assert (result["split"], result["shots"], result["seeds"]) == (None, 2, [1, 2])
     assert result["settings"]["shots"] == 2 and result["versions"]["torch"] == torch.__version__
     zero_shot, accuracy = result["zero_shot"], result["accuracy"]

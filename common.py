@@ -1582,7 +1582,8 @@ class Method:
     sources: Callable = lambda args, seed: []               # further tasks that are trained on
     report: Callable = lambda args, tasks, prompts: {}      # its own part of result.json
     plot: Callable = lambda folder, result, rows: None      # its own figures
-    n_text: int | Callable = 0              # vectors before a class name; or a function of args
+    n_text: int | Callable = 0              # vectors before a class name; or a function of args, or
+    #                                         of args and tasks
     image_prompts: bool | Callable = False  # whether it needs a ViT; or a function of args
     bound: bool | Callable = False          # whether prompts are tied to the tasks they were
     #                                         trained on; or a function of args
@@ -1601,9 +1602,11 @@ class Method:
         return f"common.py {word}" if word in COMMANDS else f"{self.name}.py"
 
 
-def valued(setting, args):
-    """A setting of a Method: a value, or a function of args."""
-    return setting(args) if callable(setting) else setting
+def valued(setting, *known):
+    """A setting of a Method: a value, or a function of args (n_text's also of args and tasks)."""
+    if not callable(setting):
+        return setting
+    return setting(*known[:len(inspect.signature(setting).parameters)])
 
 
 def main(method, argv=None):
@@ -1732,7 +1735,7 @@ def checked_tasks(args, method, saved=None):
     method.check(args, tasks[args.seeds[0]])
     for seed in args.seeds:
         sources[seed] = [] if saved else method.sources(args, seed)
-    n_text = valued(method.n_text, args)
+    n_text = valued(method.n_text, args, tasks[args.seeds[0]])
     for task in tasks[args.seeds[0]] + sources[args.seeds[0]]:
         tokenize(task.class_names, n_text)
         tokenize(task.class_names, template=task.template)

@@ -404,6 +404,12 @@ def test_help_shows_the_paper_and_every_setting_with_its_default(script):
                 "with minidomainnet: batch_size 4\n") in said
 
 
+def test_the_vectors_before_a_class_name_may_depend_on_the_tasks():
+    method = replace(method_of("coop_mt.py"), n_text=lambda args, tasks: 30 * len(tasks))
+    with pytest.raises(common.UserError, match="take 12. of the 77 text positions"):
+        common.main(method, "--shots 1 --device cpu".split())
+
+
 # ------------------------------------------------------------------------------------ whole scripts
 
 SECONDS = {             # what a script may take on the built-in benchmark, 2 idle cores

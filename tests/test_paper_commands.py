@@ -94,6 +94,16 @@ def test_the_commands_fill_every_column_of_the_papers_tables(listed):
     assert [[column[key] for key in ("paper", "table", "column", "data")] for column in left] == []
 
 
+def test_the_filter_for_mmaps_table_1_gives_its_lines_and_no_others(listed):
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^ +(grep .* \| grep [^|]*) \| sed", text, re.MULTILINE)
+    lines = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+    shown = [column for one in lines.splitlines()
+             for column in common.paper_columns(dict(settings=listed[one]))[0]]
+    table = [c for c in COLUMNS if (c["paper"], c["table"]) == ("MmAP", "Table 1")]
+    assert len(lines.splitlines()) == len(table) and all(c in shown for c in table)
+
+
 @pytest.mark.parametrize("name", READY)
 def test_the_commands_of_a_docstring_are_accepted(name):
     found = commands_in(common.load_method(name).__doc__)
@@ -119,7 +129,11 @@ def test_the_readmes_links_lead_to_files_and_to_functions_that_exist():
     links = re.findall(r"\[([^\]]*)\]\(([^)]+)\)", README)
     assert len(links) > 20
     for words, target in links:
+        target, _, anchor = target.partition("#")
         assert (ROOT / target).exists(), target
+        if anchor:
+            text = (ROOT / target).read_text(encoding="utf-8").lower().replace("'", "")
+            assert f"# {anchor.replace('-', ' ')}\n" in text, anchor
         for module, name in re.findall(r"`(\w+)\.(\w+)`", words):
             assert target == f"{module}.py"
             source = (ROOT / target).read_text(encoding="utf-8")

@@ -2450,11 +2450,12 @@ def table(argv):
     if out:
         check_writable(out)
     runs = read_runs(args.folders)
-    known = {letters(name): name for name in ["zero-shot", *runs.label]}
-    baseline = known.get(letters(args.baseline or ""))          # coop_mt is CoOp-MT, too
+    known, baseline = ["zero-shot", *dict.fromkeys(runs.label)], args.baseline
+    if baseline and baseline not in known:                      # coop_mt is CoOp-MT, too
+        baseline = next((x for x in known if letters(x) == letters(baseline)), None)
     if args.baseline and not baseline:
         raise UserError(f"--baseline '{args.baseline}' is not a column: give one of "
-                        f"{', '.join(known.values())}")
+                        f"{', '.join(known)}")
     tables = {title: layout(part, baseline) for title, part in runs.groupby("title")}
     rows = runs.drop(columns="folder").to_csv(index=False)
     if out:

@@ -2024,7 +2024,7 @@ def plot_run(folder, result, plot):
     names, rows, plt = result["tasks"], read_log(folder), pyplot()
     accuracy = pandas.DataFrame(result["accuracy"])                 # [seeds, tasks]
     bars = pandas.DataFrame({"zero-shot CLIP": result["zero_shot"],
-                             title_of(result["method"]): accuracy.mean()}).loc[names]
+                             method_of_result(result["method"]).title: accuracy.mean()}).loc[names]
     spread = np.array([[0.0] * len(names), accuracy.std().fillna(0)[names]])
     axes = bars.plot.bar(yerr=spread, figsize=(2.5 + 0.7 * len(names), 4), width=0.8,
                          ylabel="accuracy (%)")
@@ -2375,12 +2375,12 @@ def method_of(name):
     return known.get(name) or load_method(name).METHOD
 
 
-def title_of(name):
-    """A method's name in tables and figures, or that of its file where this is elsewhere."""
+def method_of_result(name):
+    """As `method_of`; one whose file is elsewhere has its name and the shared settings alone."""
     try:
-        return method_of(name).title
+        return method_of(name)
     except UserError:
-        return name
+        return Method(name, Args, name, None, None, None)
 
 
 def command_of(name):
@@ -2571,10 +2571,7 @@ def rows_of(result):
 
 def label_of(settings):
     """The name of a run's column: its method, and the settings that are not this one's defaults."""
-    try:
-        method = method_of(settings["method"])
-    except UserError:                               # its file is elsewhere
-        method = Method(settings["method"], Args, settings["method"], None, None, None)
+    method = method_of_result(settings["method"])
     names = {field.name for field in fields(method.Args)} & settings.keys()
     args = method.Args(**{name: settings[name] for name in names})
     usual = replace(method.Args(), **method.defaults(args))

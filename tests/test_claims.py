@@ -1,4 +1,5 @@
 """The controlled experiments of claims.py: how their tasks are made, and that the claims hold."""
+import contextlib
 import json
 import statistics
 
@@ -49,6 +50,16 @@ def test_spearmans_correlation_by_hand():
     x = torch.tensor([1.0, 2.0, 5.0, 9.0])
     assert claims.spearman(x, torch.tensor([3.0, 1.0, 8.0, 7.0])) == pytest.approx(0.6)
     assert claims.spearman(x, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.894, abs=1e-3)
+
+
+def test_help_is_the_text_of_the_file_and_one_seed_has_no_error(capsys, monkeypatch):
+    monkeypatch.setitem(claims.CLAIMS, "mmap", lambda seed, model: dict(gain=2.0))
+    for words in (["--help"], ["mmap", "--seeds", "1"]):
+        monkeypatch.setattr("sys.argv", ["claims.py", *words])
+        with contextlib.suppress(SystemExit):
+            claims.main()
+    told = capsys.readouterr().out
+    assert told.startswith(claims.__doc__) and told.endswith("  2.000   (2)\n")
 
 
 def test_the_figure_has_a_panel_for_every_claim_that_was_measured(tmp_path, monkeypatch):

@@ -1366,8 +1366,11 @@ class Run:
             saved = load_prompts(prompts)
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
-    def open(self, tasks):
-        """Make the folder and note the settings, and what `tasks` (by seed) hold."""
+    def open(self, tasks, sources):
+        """Make the folder and note the settings, and what the tasks and source tasks (each by seed)
+        hold; a training finds the latter in `sources`."""
+        self.sources = sources
+        tasks = {seed: own + sources[seed] for seed, own in tasks.items()}
         found = {seed: list(map(datasets.contents, own)) for seed, own in tasks.items()}
         self.seen = {seed: datasets.trained_on(own) for seed, own in tasks.items()}
         if self.finished["contents"] not in ({}, found):
@@ -1632,7 +1635,7 @@ def main(method, argv=None):
     for unit in list(units(args, first).values())[:1]:
         method.build(args, model, unit)                         # rejects settings that do not fit
     if run:
-        run.open({seed: tasks[seed] + sources[seed] for seed in args.seeds})
+        run.open(tasks, sources)
         length = ""
         if isinstance(args, TrainArgs):
             length = f"{args.epochs} epoch{'s' * (args.epochs > 1)}, "

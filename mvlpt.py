@@ -401,7 +401,8 @@ def sources(args, seed):
 
 def learn_source(args, model, targets, prompts, run):
     """Stage 1, "multitask prompt initialization": one prompt on all source tasks together."""
-    tasks = with_held_out(sources(args, args.seeds[0]), args.seeds[0]) or targets
+    seed = args.seeds[0]
+    tasks = with_held_out(run.sources[seed], seed) or targets
     best = learn(args, model, run, "source", tasks, prompts.source, args.epochs,
                  keep=[list(range(len(tasks)))])
     prompts.source.load_state_dict(best.prompts[0].state_dict())

@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -231,6 +232,7 @@ class Phases:
 
     def __init__(self, seed="test"):
         self.seed, self.logged, self.steps, self.parts = seed, [], {}, {}
+        self.sources = defaultdict(list)
 
     def seed_phase(self, phase):
         common.seed_everything(self.seed, phase)

@@ -282,7 +282,7 @@ RUNS = [
     ("common", "table empty", "no finished run on test images in empty"),
     ("common", "table stopped", "no finished run on test images in stopped"),
     ("common", "table run --plot", "--plot needs --out"),
-    ("common", "table run --baseline mmap", "'mmap' is not a column: give one of zero-shot, coop"),
+    ("common", "table run --baseline mmap", "'mmap' is not a column: give one of zero-shot, CoOp"),
     ("common", "table run --out notes.txt", "notes.txt is a file or read-only"),
 ]
 MVLPT = [("mvlpt", f"{SMALL} --prompt coop {words}", says) for words, says in (
@@ -306,9 +306,7 @@ MVLPT = [("mvlpt", f"{SMALL} --prompt coop {words}", says) for words, says in (
     ("--n-ctx 75", "75 context vectors"),
     *[(f"--prompt {kind} --clip RN50", "RN50 has a ResNet ... ViT-B/16") for kind in ("vpt", "upt")]
 )]
-TABLE = DATA + NUMBERS + FLAGS + METHODS + RUNS
-if hasattr(common.load_method("mvlpt"), "METHOD"):
-    TABLE += MVLPT
+TABLE = DATA + NUMBERS + FLAGS + METHODS + RUNS + MVLPT
 
 
 @pytest.mark.parametrize("script, words, says", TABLE, ids=[row[1][-60:] for row in TABLE])

@@ -72,7 +72,7 @@ def trained(small, tmp_path):
         args = train.args = settings(f"--out {next(folders)} {words}")
         run = train.run = Stopping(args, dict(asdict(args), method="mvlpt", variant=None))
         run.stop = stop
-        run.open({args.seeds[0]: tasks})
+        run.open({args.seeds[0]: tasks}, {args.seeds[0]: []})
         run.start(args.seeds[0])
         return mvlpt.train(args, small, tasks, run)
 

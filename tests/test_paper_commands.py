@@ -15,7 +15,6 @@ import common
 from data import benchmarks
 
 NAMES = ["coop_mt", "vpt_mt", "maple_mt", "mvlpt", "hipro", "mmap", "jscpt"]
-READY = [name for name in NAMES if hasattr(common.load_method(name), "METHOD")]
 OTHERS = dict(check=common.CheckArgs, table=common.TableArgs, predict=common.PredictArgs,
               show=common.ShowArgs)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,21 +43,17 @@ def settings_of(line):
     return dict(asdict(args), method=method.name, variant=common.variant_of(method, args))
 
 
-def ready(line):
-    return line.split()[1].removesuffix(".py") in [*READY, "common"]
-
-
 @pytest.fixture(scope="module")
 def listed():
     """Every command of the papers' list and its settings."""
-    return {line: settings_of(line) for line in commands_of("paper_commands.txt") if ready(line)}
+    return {line: settings_of(line) for line in commands_of("paper_commands.txt")}
 
 
 def test_the_commands_of_the_results_run_at_the_built_in_defaults():
     """Three seeds or more, test images, no setting of training; each to a folder of its own."""
     live = commands_of("builtin_commands.txt")
     assert len(live) > 30 and len({line.split("--out ")[1] for line in live}) == len(live)
-    for line in filter(ready, live):
+    for line in live:
         found = settings_of(line)
         assert len(found["seeds"]) >= 3 and found["clip"] == "tiny", line
         assert found["data"].startswith("emoji"), line
@@ -89,8 +84,6 @@ def test_the_commands_fill_every_column_of_the_papers_tables(listed):
     for settings in listed.values():
         shown += common.paper_columns(dict(settings=settings))[0]
     left = [column for column in COLUMNS if column not in shown]
-    if READY != NAMES:
-        left = [column for column in left if column["method"] != "mvlpt"]
     assert [[column[key] for key in ("paper", "table", "column", "data")] for column in left] == []
 
 
@@ -104,7 +97,7 @@ def test_the_filter_for_mmaps_table_1_gives_its_lines_and_no_others(listed):
     assert len(lines.splitlines()) == len(table) and all(c in shown for c in table)
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_commands_of_a_docstring_are_accepted(name):
     found = commands_in(common.load_method(name).__doc__)
     assert len(found) > 2
@@ -120,7 +113,7 @@ def commands_in(text):
 def test_the_commands_of_the_readme_are_accepted():
     found = commands_in(README)
     assert len(found) > 8
-    for line in filter(ready, found):
+    for line in found:
         if "--eval" not in line:                # of a run that the README has made before
             settings_of(line)
 

@@ -19,8 +19,7 @@ import common
 
 COLUMNS = json.loads((ROOT / "data" / "paper_results.json").read_text("utf-8"))["columns"]
 NAMES = ["coop_mt", "vpt_mt", "maple_mt", "mvlpt", "hipro", "mmap", "jscpt"]
-METHODS = {name: common.load_method(name).METHOD for name in NAMES
-           if hasattr(common.load_method(name), "METHOD")}
+METHODS = {name: common.load_method(name).METHOD for name in NAMES}
 
 
 # ------------------------------------------------------------------------------ the papers' numbers

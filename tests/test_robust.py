@@ -208,7 +208,7 @@ def run_in(folder, resume=False):
     args = common.Args(shots=1, out=str(folder), resume=resume)
     settings = dict(out=args.out, data="emoji", method="coop_mt", shots=1, split=None)
     one = common.Run(args, settings)
-    one.open({})
+    one.open({}, {})
     one.start(3)
     return one
 

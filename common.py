@@ -2516,7 +2516,7 @@ def read_runs(folders):
     if not rows:
         raise UserError(f"no finished run on test images in {', '.join(map(str, folders))}: a run "
                         "writes its result.json at its end")
-    for row in rows:            # a path that was given in an ASCII locale is no valid text
+    for row in rows:            # a path that was given in an ASCII locale is not valid text
         row.update({key: datasets.printable(value) for key, value in row.items()
                     if isinstance(value, str)})
     runs = by_tests(pandas.DataFrame(rows))

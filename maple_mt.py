@@ -79,7 +79,7 @@ class CoupledPrompts(nn.Module):
         super().__init__()
         self.P = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_text))
         self.F = nn.ModuleList(nn.Linear(d_text, d_image) for _ in range(n_layers))
-        self.ln_pre = [ln_pre or nn.Identity()]           # in a list: CLIP's layer is no part of us
+        self.ln_pre = [ln_pre or nn.Identity()]     # in a list: CLIP's layer is not a part of this
         if words is not None:
             self.P.data[0] = words
 

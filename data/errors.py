@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Scripts print its one line and exit with code 2."""
+    """A mistake that the user can fix. Scripts print its one line and exit with code 2."""
 
 
 @lru_cache

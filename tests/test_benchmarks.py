@@ -514,11 +514,11 @@ def test_damage_in_torchvisions_layout_is_named(official):
     for path in lists:
         content = path.read_bytes()
         path.write_text("damaged")
-        refused(name, root, root, "incomplete or damaged", "get it anew", split=0.5)
+        refused(name, root, root, "incomplete or damaged", "download it again", split=0.5)
         path.write_bytes(content)
     for path in root.rglob("*.jpg"):
         path.unlink()
-    remedy = "anew" if name in ("sun397", "caltech101", "eurosat") else "unpack"
+    remedy = "again" if name in ("sun397", "caltech101", "eurosat") else "unpack"
     refused(name, root, root, remedy, split=0.5)
 
 

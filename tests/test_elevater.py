@@ -459,7 +459,7 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
     train.unlink()
     refused("MNIST", tmp_path, "train.txt, line 1,", train, "which is not there")
     train.write_bytes(whole[:-200])
-    refused("MNIST", tmp_path, "train.txt, line 1,", train, "no whole zip file")
+    refused("MNIST", tmp_path, "train.txt, line 1,", train, "not a whole zip file")
     train.write_bytes(whole)
     add(train, "../evil.png")
     refused("MNIST", tmp_path, train, "'../evil.png'", "leads out")
@@ -474,7 +474,7 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
         refused("MNIST", tmp_path, folder / file, "cannot be read")
 
 
-NO_INDEX = "train_meta.json is no index in COCO's format"
+NO_INDEX = "train_meta.json is not an index in COCO's format"
 
 
 @pytest.mark.parametrize("change, words", [

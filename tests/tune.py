@@ -71,7 +71,8 @@ def main():
     files = {command.split()[0].removesuffix(".py") for command, _ in METHODS.values()}
     for name in args.only:
         if name not in files | METHODS.keys():
-            sys.exit(f"tune.py: --only {name} is none of {', '.join([*METHODS, *sorted(files)])}")
+            known = ", ".join([*METHODS, *sorted(files)])
+            sys.exit(f"tune.py: --only {name} is not one of {known}")
     print("| method | epochs | " + " | ".join(f"lr x {f:.2g}" for f in FACTORS) + " |")
     print("| --- | --- |" + " --- |" * len(FACTORS))
     for name, (command, middle) in METHODS.items():

@@ -145,7 +145,7 @@ def coop_split(path, folder):
                 parts[part].append((f"{folder}/{image}", int(label), named(name)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a split of CoOp's (train, val and test, each a list of "
-                        "[image, label, class name]): get the file anew") from error
+                        "[image, label, class name]): download the file again") from error
     return parts
 
 
@@ -165,7 +165,7 @@ def aircraft(folder):
             image, _, variant = line.strip().partition(" ")
             if variant not in label:
                 raise UserError(f"{path} has the variant '{variant}', which is not in "
-                                f"{folder / 'variants.txt'}: get the files anew")
+                                f"{folder / 'variants.txt'}: download the files again")
             parts[part].append((f"{folder}/images/{image}.jpg", label[variant], variant))
     return parts
 
@@ -186,8 +186,8 @@ def imagenet(folder):
         for p in classes:
             if p.name not in names:
                 raise UserError(
-                    f"{p} has no line in {folder / 'classnames.txt'}: get that file anew "
-                    "or take the folder away"
+                    f"{p} has no line in {folder / 'classnames.txt'}: download that file again "
+                    "or remove the folder"
                 )
             files = sorted(q.name for q in p.iterdir() if is_image(q))
             parts[part] += [(f"{p}/{file}", p.name, names[p.name]) for file in files]
@@ -204,7 +204,7 @@ def official(name, root):
                            for path, label, key in images(name, loaded)]
     except Exception as error:     # damaged lists fail in many ways, scipy's .mat reader among them
         raise UserError(f"{data.title} in {root / data.own} is incomplete or damaged "
-                        f"({brief(error)}): get it anew") from error
+                        f"({brief(error)}): download it again") from error
     return parts
 
 

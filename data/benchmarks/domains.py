@@ -87,8 +87,8 @@ def domainnet(root, title="DomainNet", domains=DOMAINS, lists=("splits", "."), c
                 other = next(d for d in domains if any(
                     x == label for items in parts[d].values() for _, x, _ in items))
                 raise UserError(f"class '{names[label]}' is in {folder}'s lists of {other} and not "
-                                f"in those of {domain}: get the lists anew, every domain has the "
-                                "same classes")
+                                f"in those of {domain}: download the lists again, every domain has "
+                                "the same classes")
     if pooled:
         parts = {domain: dict(train=x["train"] + x["test"]) for domain, x in parts.items()}
     listings = [split_listing(domain.capitalize(), "a photo of a {}", parts[domain], names,
@@ -105,7 +105,7 @@ def read_list(path, place):
         parts = image.split("/")
         if len(parts) < 3 or not label.isdigit():
             raise UserError(f"{path} has a line '{line[:80]}', and a line should be "
-                            "domain/class/image.jpg and a label: get the file anew")
+                            "domain/class/image.jpg and a label: download the file again")
         if parts[1] not in names:
             names[parts[1]] = spoken(parts[1])
         items.append((f"{place}/{image}", int(label), names[parts[1]]))

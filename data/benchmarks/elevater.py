@@ -194,10 +194,10 @@ def toolkit(name, folder):
             own, entries = read_coco(path)
         for place, image, classes in entries:
             if not classes:
-                raise UserError(f"{place} has no label ('{image}'): get the file anew")
+                raise UserError(f"{place} has no label ('{image}'): download the file again")
             if len(set(classes)) > 1 and not data.several:
                 raise UserError(f"{place} has {len(classes)} labels, and an image of {data.title} "
-                                "has one: get the file anew")
+                                "has one: download the file again")
         parts[part] = located(folder, entries)
     published = published_names(name)
     return published if len(own) == len(published) else list(map(coop.named, own)), parts
@@ -216,11 +216,12 @@ def read_index(path, n_classes, labels):
         image, _, numbers = line.strip().rpartition(" ")
         if not image or not numbered.fullmatch(numbers):
             raise UserError(f"{place} has no label ('{line.strip()[:80]}'), and a line should be "
-                            "an image, a space and its labels: get the file anew")
+                            "an image, a space and its labels: download the file again")
         classes = [int(k) for k in numbers.split(",")]
         if max(classes) >= n_classes:
             raise UserError(f"{place} has the label {max(classes)}, and the {n_classes} classes of "
-                            f"{labels} have the labels 0 to {n_classes - 1}: get the files anew")
+                            f"{labels} have the labels 0 to {n_classes - 1}: download the files "
+                            "again")
         entries.append((place, image, classes))
     return entries
 
@@ -247,10 +248,10 @@ def read_coco(path):
     for image, category in pairs:
         if category not in number:
             raise UserError(f"{path}, annotation of image {image}, has the label {category}, which "
-                            "is none of its categories: get the file anew")
+                            "is not one of its categories: download the file again")
         if image not in images:
             raise UserError(f"{path} has an annotation of image {image}, which it does not list: "
-                            "get the file anew")
+                            "download the file again")
         classes.setdefault(image, []).append(number[category])
     return own, [(f"{path}, image {key},", file, classes.get(key, []))
                  for key, file in images.items()]
@@ -258,8 +259,8 @@ def read_coco(path):
 
 def not_coco(path):
     """The UserError of an index that is not what it should be."""
-    return UserError(f"{path} is no index in COCO's format (images, annotations and categories): "
-                     "get the file anew")
+    return UserError(f"{path} is not an index in COCO's format (images, annotations and "
+                     "categories): download the file again")
 
 
 def located(folder, entries):
@@ -272,7 +273,7 @@ def located(folder, entries):
             archive += ".zip"
         if leads_out(archive) or leads_out(member):
             raise UserError(f"{place} names '{image}', which leads out of the dataset's folder: "
-                            "get the file anew")
+                            "download the file again")
         if archive not in known:
             known[archive] = opened(folder, archive, member, place)
         path, members = known[archive]
@@ -284,7 +285,8 @@ def located(folder, entries):
                 known[path] = path, set(os.listdir(path)) if os.path.isdir(path) else ()
             members = known[path][1]
         if member not in members:
-            raise UserError(f"{place} names {member}, which {path} lacks: get the images anew")
+            raise UserError(f"{place} names {member}, which {path} lacks: download the images "
+                            "again")
         found.append((item, classes))
     return found
 
@@ -312,12 +314,12 @@ def opened(folder, archive, member, place):
         with zipfile.ZipFile(path) as file:
             members = set(file.namelist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise UserError(f"{place} names {path}, which is no whole zip file ({brief(error)}): get "
-                        "it anew") from error
+        raise UserError(f"{place} names {path}, which is not a whole zip file ({brief(error)}): "
+                        "download it again") from error
     for name in members:
         if leads_out(name.replace("\\", "/")):
             raise UserError(f"{path} has a member {name!r} that leads out of its folder: get the "
-                            "zip file anew")
+                            "zip file again")
     return path, members
 
 
@@ -350,7 +352,7 @@ def official(name, root):
         return names, {part: pairs(name, root, names, part) for part in ("train", "test")}
     except Exception as error:      # damaged files fail in many ways
         raise UserError(f"{data.title} in {folder} is incomplete or damaged "
-                        f"({brief(error)}): get it anew") from error
+                        f"({brief(error)}): download it again") from error
 
 
 @lru_cache(maxsize=16)

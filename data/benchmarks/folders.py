@@ -55,13 +55,13 @@ def own_split(path):
     odd = [p for p in inside if p not in parts.values()]
     if odd:
         raise UserError(f"{path} holds {', '.join(p.name for p in parts.values())}, the parts of a "
-                        f"split, and beside them {odd[0].name}: take that folder away")
+                        f"split, and beside them {odd[0].name}: remove that folder")
     return {part: unwrapped(p) for part, p in parts.items()}
 
 
 def part_of(name):
     """("train", "val" or "test", the other words) of a folder such as `training_set`, `seg_test` or
-    `val2017`; (None, all words) of one that is no part of a split."""
+    `val2017`; (None, all words) of one that is not a part of a split."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.lower())]
     found = [PARTS[word] for word in words if word in PARTS]
     rest = [word for word in words if word not in PARTS and word not in FILLERS]

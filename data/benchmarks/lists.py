@@ -60,7 +60,7 @@ def holds_runs(path):
 
 
 def skipped_runs(path):
-    """A remark, in a list, on the folders of runs in a folder, which are taken for no images."""
+    """A remark, in a list, on the folders of runs in a folder, which are not taken for images."""
     runs = [p for p in all_folders(path) if holds_runs(p)]
     if not runs:
         return []
@@ -128,7 +128,7 @@ def read_text(path):
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{path} cannot be read ({reason}): put the file of the dataset "
                         "there") from error
 
@@ -169,7 +169,7 @@ def label_names(parts, source, names=None):
             if names.setdefault(label, name) != name:
                 raise UserError(
                     f"{source} calls label {label} '{name}' ({path}), and elsewhere that "
-                    f"is '{names[label]}': get the file anew"
+                    f"is '{names[label]}': download the file again"
                 )
     return names
 
@@ -205,10 +205,10 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
             if not images and names[label] not in lacking:
                 raise UserError(
                     f"class '{names[label]}' of {name} has no {what} image in {source}: "
-                    "get the file anew"
+                    "download the file again"
                 )
     if not labels:
-        raise UserError(f"{source} leaves no image to train on: get the file anew")
+        raise UserError(f"{source} leaves no image to train on: download the file again")
     files = [path for items in parts.values() for path, _, _ in items if isinstance(path, str)]
     check_there(files, source)
     return Listing(name, [names[label] for label in labels], template, lists["train"], draw,
@@ -236,6 +236,6 @@ def compared(listings, title, place, classes, images=None, names=()):
     return listings
 
 
-def unreadable(path, error, what, remedy="get the file anew"):
+def unreadable(path, error, what, remedy="download the file again"):
     """The UserError of a file that is not what it should be."""
     return UserError(f"{path} is not {what} ({brief(error)}): {remedy}")

@@ -34,7 +34,7 @@ def test_parts_of_a_split_are_one_task_whatever_they_are_called(tmp_path, train,
     for images, part in ((task.train, train), (task.test, test)):
         assert len(images) == 6 and all(f"/{part}/" in str(path) for path in images.items)
     of_parts(tmp_path / "t", other)
-    with pytest.raises(UserError, match=f"parts of a split, and beside them {other}: take"):
+    with pytest.raises(UserError, match=f"parts of a split, and beside them {other}: remove"):
         load_tasks(str(tmp_path / "t"))
 
 

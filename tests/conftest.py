@@ -36,6 +36,17 @@ RN50 = dict(FULL, embed_dim=1024, vision_layers=(3, 4, 6, 3), vision_width=64,
             vision_patch_size=None)
 
 
+RESNET = dict(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None,
+              image_resolution=64, embed_dim=64)
+
+
+class Trap:
+    """An object that makes the file `trap` where it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("trap", "w")
+
+
 def random_clip(**shape):
     torch.manual_seed(0)
     return common.clip.model.CLIP(**shape).float().eval().requires_grad_(False)

@@ -15,15 +15,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, edit, make_tree, noise, random_clip, run_script
+from conftest import RESNET, ROOT, TINY, Trap, edit, make_tree, noise, random_clip, run_script
 
 import common
 
 COOP, MMAP = (common.load_method(name).METHOD for name in ("coop_mt", "mmap"))
 CLASSES = ("Red_Ball", "cup", "hat")
 SHAPES = {f"{domain}/{name}": 5 for domain in ("drawn", "painted") for name in CLASSES}
-RESNET = dict(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None,
-              image_resolution=64, embed_dim=64)
 # Python does not show the others
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning",
@@ -324,13 +322,6 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own(script, words, says, tmp_
 
 
 # -------------------------------------------------------------------------------- damaged files
-
-
-class Trap:
-    """An object that makes a file when it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("trap", "w")
 
 
 def torch_file(content):

@@ -5,7 +5,6 @@ Images that cannot be decoded, wrong flags and folders that are taken are in tes
 """
 import contextlib
 import errno
-import functools
 import json
 import os
 import random
@@ -162,42 +161,16 @@ def test_an_out_that_cannot_be_written_is_rejected_before_anything_else(line, tm
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------- damaged files
-
-class Malicious:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("name, before, nth, inside", [
-    ("checkpoint.pt", "checkpoint.pt", 2, ["parts"]),
-    ("finished.pt", "prompts.pt", 1, ["phases", "train", "parts"]),
-    ("prompts.pt", "result.json", 1, None)])
-def test_a_damaged_file_is_told_in_one_line_and_runs_no_code(
-        name, before, nth, inside, line, tmp_path):
-    out, ran = tmp_path / "run", tmp_path / "ran"
-    with killed(before, nth):
+def test_prompts_that_were_damaged_while_a_run_was_stopped_are_told_in_a_line(line, tmp_path):
+    """The other files are in test_bad_input.py."""
+    out = tmp_path / "run"
+    with killed("result.json", 1):
         run(f"coop_mt.py {line} {SMALL} --out {out}")
-    whole, saved = (out / name).read_bytes(), torch.load(out / name, weights_only=True)
-    contents = [b"text", whole[:len(whole) // 2], [1], dict(saved, more=Malicious(ran))]
-    if inside:
-        emptied = torch.load(out / name, weights_only=True)
-        functools.reduce(dict.get, inside, emptied)["prompts"] = {}
-        contents.append(emptied)
-    for content in contents:
-        if isinstance(content, bytes):
-            (out / name).write_bytes(content)
-        else:
-            torch.save(content, out / name)
-        code, _, err = run(f"coop_mt.py --resume --out {out}")
-        assert code == 2 and is_line(err, f"{out / name} cannot be used", "another --out"), err
-        assert not (out / "result.json").exists() and not ran.exists()
-    (out / name).write_bytes(whole)
+    whole = (out / "prompts.pt").read_bytes()
+    (out / "prompts.pt").write_bytes(whole[:len(whole) // 2])
+    code, _, err = run(f"coop_mt.py --resume --out {out}")
+    assert code == 2 and is_line(err, f"{out / 'prompts.pt'} cannot be used", "another --out"), err
+    (out / "prompts.pt").write_bytes(whole)
     assert run(f"coop_mt.py --resume --out {out}")[0] == 0
 
 

@@ -14,20 +14,10 @@ import clip
 import conftest
 import pytest
 import torch
-from conftest import ROOT, TINY, random_clip
+from conftest import RESNET, ROOT, TINY, Trap, random_clip
 from safetensors.torch import save, save_file
 
 import common
-
-RESNET = dict(
-    TINY,
-    vision_layers=(1, 1, 1, 1),
-    vision_width=8,
-    vision_patch_size=None,
-    image_resolution=64,
-    embed_dim=64,
-)
-
 
 # ------------------------------------------------------------------------------- kinds of file
 
@@ -151,11 +141,6 @@ def test_a_loaded_model_has_the_features_of_the_saved_one_to_the_last_bit(
 
 
 # ------------------------------------------------------------------------- files of other things
-
-class Trap:
-    def __reduce__(self):
-        return open, ("trap", "w")
-
 
 def other_family():
     return {f"trunk.{key}": value for key, value in cast(a_clip().state_dict(), False).items()}

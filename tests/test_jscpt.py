@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_memory import Memory, prepared
-from conftest import TINY, Phases, numbers, small_tasks
+from conftest import TINY, Phases, small_tasks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import data as datasets
 
 jscpt = common.load_method("jscpt")
-SHORT = "--shots 2 --clip tiny --epochs 3 --n-ctx 2 --batch-size 3 --workers 0".split()
 
 
 def settings(**changes):
@@ -39,44 +38,29 @@ def count(tensors):
     return sum(x.numel() for x in tensors)
 
 
-def shared_of(grads):
-    return torch.cat([grads[k].flatten(1) for k in ("P_l_shared", "P_v_shared")], dim=1)
-
-
-def batch_of(model, tasks, seed, **changes):
+def batch_of(model, tasks, seed):
     """(images, labels, task) of a step of 4 images per task."""
     common.seed_everything(seed)
-    return next(iter(common.batches(settings(**dict(dict(batch_size=4), **changes)), model, tasks)))
+    return next(iter(common.batches(settings(batch_size=4), model, tasks)))
 
 
-def gradients(model, texts, prompts, batch, create_graph=False):
-    """({name: [N, ...]}, losses [N]) from one backward pass, as `train` has them."""
-    copies = prompts.copies()
-    losses = jscpt.losses_at(model, texts, copies, batch)
-    names = [name for name, _ in prompts.named_parameters()]
-    found = torch.autograd.grad(
-        losses.sum(), [copies[name] for name in names], create_graph=create_graph
-    )
-    return dict(zip(names, found)), losses
-
-
-def world(small, n, dtype=torch.double):
-    """(model, n tasks, prompts away from their start, a batch); 3, 4, 5, 6, 3, .. own classes."""
-    tasks = small_tasks(*"abcdefghij"[:n])
+def world(small, n):
+    """(model, n tasks, prompts away from their start, a batch) in float64; 3, 4, .. classes."""
+    tasks = small_tasks(*"abcd"[:n])
     for t, task in enumerate(tasks):
-        task.class_names = [f"{'very ' * t}long name {k}" for k in range(3 + t % 4)]
+        task.class_names = [f"{'very ' * t}long name {k}" for k in range(3 + t)]
     common.seed_everything(1)
     prompts = jscpt.build(settings(), small, tasks)
     for parameter in (prompts.m, prompts.W_2, prompts.b_1, prompts.b_2):
         parameter.data.normal_(std=0.1)
     prompts.alpha.normal_()
     prompts.beta.normal_()
-    model = copy.deepcopy(small).to(dtype)
+    model = copy.deepcopy(small).double()
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.__class__ = torch.nn.LayerNorm  # CLIP's own computes in float32
     images, labels, task = batch_of(small, tasks, seed=1)
-    return model, tasks, prompts.to(dtype), (images.to(dtype), labels, task)
+    return model, tasks, prompts.double(), (images.double(), labels, task)
 
 
 @pytest.fixture
@@ -128,7 +112,6 @@ def test_selection_by_hand():
     )
     x = torch.tensor([[2.0, -4.0]])
     assert jscpt.select(theta, x, 0).tolist() == [[16.0, -4.0]]
-    assert jscpt.select(theta, x, torch.tensor([0])).tolist() == [[16.0, -4.0]]
 
 
 def test_selected_features_are_the_features_at_the_start(small):
@@ -162,7 +145,6 @@ def test_causal_effect_by_hand():
     gain = torch.tensor([0.0, math.log(2), -math.log(2), -200.0, 200.0], dtype=torch.double)
     effect = jscpt.causal_effect(1 + gain, torch.ones(5, dtype=torch.double))
     assert effect.tolist() == pytest.approx([0.7310586, 0.8807971, 0.6224593, 0.5, 1.0])
-    assert effect.dtype == torch.double
 
 
 def test_affinity_by_hand():
@@ -171,12 +153,7 @@ def test_affinity_by_hand():
     A[0, 1] = 2 / 2, A[1, 0] = 2 / 4, A[0, 2] = -2 / 1 -> -1, A[2, 0] = -2 / 4, A[2, 1] = -1 / 2.
     """
     grads = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
-    before = grads.clone()
     assert jscpt.affinity(grads).tolist() == [[0.0, 1.0, -1.0], [0.5, 0.0, -1.0], [-0.5, -0.5, 0.0]]
-    assert torch.equal(grads, before) and jscpt.affinity(grads.double()).dtype == torch.double
-
-
-def test_a_gradient_of_zero_has_no_affinity():
     assert jscpt.affinity(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).eq(0).all()
 
 
@@ -191,44 +168,21 @@ def test_schedule_by_hand():
     assert phi.tolist() == pytest.approx([sigma(1) * sigma(0.75), sigma(-1) * sigma(-2)])
 
 
-def test_the_task_that_conflicts_with_the_others_gets_the_smallest_weight():
-    grads = torch.tensor([[1.0, 0.2, 0.0], [1.0, -0.2, 0.0], [-1.0, 0.0, 0.5]])
-    phi = jscpt.schedule(
-        torch.ones(3), torch.ones(3, 3), torch.full((3,), 0.7), jscpt.affinity(grads)
-    )
-    assert phi.argmin() == 2 and phi[2] < 0.6 * phi[:2].min()
-
-
-def test_with_one_task_phi_changes_the_size_of_the_step_alone():
-    """phi = sigma(alpha effect) / 2, whatever beta is."""
-    A = jscpt.affinity(torch.randn(1, 5))
-    phi = jscpt.schedule(torch.tensor([2.0]), torch.tensor([[7.0]]), torch.tensor([0.8]), A)
-    assert A.tolist() == [[0.0]] and phi.item() == pytest.approx(1 / (1 + math.exp(-1.6)) / 2)
-
-
 # ------------------------------------------------------------------------- the lower level, Eq. (9)
-
-
-def test_the_lower_step_is_autograds_gradient_of_the_weighted_losses(three):
-    model, tasks, prompts, batch = three
-    grads, losses = gradients(model, jscpt.texts_of(settings(), tasks), prompts, batch)
-    phi, theta = torch.tensor([0.2, 0.5, 0.9], dtype=torch.double), list(prompts.parameters())
-    expected = torch.autograd.grad(
-        (phi * plain_losses(model, tasks, prompts, batch)[0]).sum(), theta
-    )
-    for g, e in zip(jscpt.scheduled_gradient(phi, grads.values(), theta), expected):
-        assert g.shape == e.shape and (g - e).abs().max() < 1e-9
 
 
 def test_one_backward_pass_gives_every_tasks_gradient(three):
     model, tasks, prompts, batch = three
-    grads, _ = gradients(model, jscpt.texts_of(settings(), tasks), prompts, batch)
+    copies, texts = prompts.copies(), jscpt.texts_of(settings(), tasks)
+    names, theta = zip(*prompts.named_parameters())
+    total = jscpt.losses_at(model, texts, copies, batch).sum()
+    grads = torch.autograd.grad(total, [copies[name] for name in names])
     losses, _ = plain_losses(model, tasks, prompts, batch)
     for i in range(3):
-        alone = torch.autograd.grad(losses[i], list(prompts.parameters()), retain_graph=True)
-        for (name, g), own in zip(grads.items(), alone):
+        alone = torch.autograd.grad(losses[i], theta, retain_graph=True)
+        for g, own in zip(grads, alone):
             assert (g[i] - own[0 if len(own) == 1 else i]).abs().max() < 1e-9
-    assert not torch.allclose(shared_of(grads)[0], shared_of(grads)[1])
+    assert not torch.allclose(grads[0][0], grads[0][1])
 
 
 def by_hand(model, tasks, args):
@@ -304,43 +258,6 @@ def test_neumann_tends_to_the_inverse_and_stops_where_it_is_told():
     assert torch.equal(flat(split), v)
 
 
-def test_the_hessian_product_of_the_real_model_agrees_with_central_differences(tiny):
-    """Through both encoders of the built-in CLIP, in float32."""
-    model, tasks = tiny[0], small_tasks("a", "b")
-    common.seed_everything(3)
-    prompts, texts = jscpt.build(settings(), model, tasks), jscpt.texts_of(settings(), tasks)
-    prompts.W_2.data.normal_(std=0.1)
-    batch = batch_of(model, tasks, 1, batch_size=3)
-    theta, phi = list(prompts.parameters()), torch.tensor([0.3, 0.6])
-    v = [torch.randn_like(p) * p.detach().abs().mean().clamp(min=0.1) for p in theta]
-
-    def gradient():
-        grads, _ = gradients(model, texts, prompts, batch)
-        return jscpt.scheduled_gradient(phi, grads.values(), theta)
-
-    def moved(step):
-        with torch.no_grad():
-            for p, direction in zip(theta, v):
-                p += step * direction
-
-    with sdpa_kernel(SDPBackend.MATH):
-        grads, _ = gradients(model, texts, prompts, batch, create_graph=True)
-    exact = torch.cat(
-        [
-            h.flatten()
-            for h in torch.autograd.grad(
-                jscpt.scheduled_gradient(phi, grads.values(), theta), theta, v
-            )
-        ]
-    )
-    eps = 1e-4  # ten times that crosses a kink of the ReLU
-    moved(eps)
-    plus = gradient()
-    moved(-2 * eps)
-    difference = torch.cat([((a - b) / (2 * eps)).flatten() for a, b in zip(plus, gradient())])
-    assert exact.norm() > 1e-3 and (exact - difference).norm() / exact.norm() < 1e-2
-
-
 def test_the_implicit_gradient_agrees_with_finite_differences_where_the_inner_optimum_is_exact():
     """L_i = |A_i (s, o_i) - c_i|^2 / 2 of shared s and own o_i: theta* solves a linear system.
 
@@ -396,13 +313,11 @@ def test_the_implicit_gradient_agrees_with_finite_differences_where_the_inner_op
     assert max(x.abs().max() for x in found) > 1e-3
 
 
-@pytest.mark.parametrize("n, dtype, tolerance", [
-    (2, torch.double, 1e-10), (4, torch.double, 1e-10), (10, torch.double, 1e-10),
-    (10, torch.float, 1e-4),
-])
-def test_the_upper_step_follows_the_truncated_series_written_out(small, n, dtype, tolerance):
+@pytest.mark.parametrize("n", [2, 4, 10])
+def test_the_upper_step_follows_the_truncated_series_written_out(small, n):
     """Against plain autograd on the graph of all tasks; the derivative of sigma by hand."""
-    model, tasks, prompts, batch = world(small, n, dtype)
+    dtype = torch.double
+    model, tasks, prompts, batch = world(small, n)
     images, labels, task = batch_of(small, tasks, seed=2)
     args, dev = settings(), (images.to(dtype), labels, task)
     effect, A = torch.rand(n, dtype=dtype), torch.rand(n, n, dtype=dtype).mul(2).sub(1)
@@ -427,16 +342,16 @@ def test_the_upper_step_follows_the_truncated_series_written_out(small, n, dtype
     texts = jscpt.texts_of(args, tasks)
     jscpt.upper_step(args, model, texts, prompts, batch, dev, effect, A, upper)
     for x, expected in ((prompts.alpha, expected_alpha), (prompts.beta, expected_beta)):
-        assert (x.grad - expected).norm() < tolerance * expected.norm()
+        assert (x.grad - expected).norm() < 1e-10 * expected.norm()
     adam = alpha - 0.1 * expected_alpha.sign()      # its first step
     assert torch.allclose(prompts.alpha, adam, atol=1e-3)
     assert all(torch.equal(p, b) and p.grad is None for p, b in zip(theta, before))
 
 
 def test_the_peak_of_an_upper_step_does_not_grow_with_the_tasks():
-    """Five times the tasks, each of as many classes and images: one graph is there at a time."""
+    """Three times the tasks, each of as many classes and images: one graph is there at a time."""
     peaks = []
-    for n in (2, 10):
+    for n in (2, 6):
         with Memory() as memory:
             step = prepared("jscpt upper", dict(TINY, image_resolution=16), [20] * n, 6)
             weights = memory.peak = memory.now
@@ -562,78 +477,13 @@ def test_a_factor_that_is_left_out_keeps_its_starting_value():
     assert torch.allclose(without_task, torch.sigmoid(torch.tensor([0.18, 1.8])) / 2)
 
 
-def test_the_first_step_of_every_ablation_is_as_long_but_for_the_measured_affinity(small):
-    """phi = sigma(sigma(1)) / 2 = 0.3375 without the task factor, else 2 sigma(A's column sum)
-    times that: the affinity of the first step is not zero, the causal effect is sigma(1)."""
-    phi, start = {}, 0.5 / (1 + math.exp(-1 / (1 + math.exp(-1))))
-    for flag in ABLATIONS:
-        run = Phases()
-        common.seed_everything("start")
-        jscpt.train(ablated(flag), small, small_tasks("a", "b"), run)
-        phi[flag] = run.logged[0]["phi"]
-        if flag not in ("task_schedule", "cagrad"):
-            expected = 2 * start * torch.sigmoid(run.logged[0]["affinity"].sum(dim=0))
-            assert torch.allclose(phi[flag], expected, atol=1e-5)
-    assert torch.allclose(phi["selection"], phi[""], atol=1e-6)
-    assert torch.allclose(phi["prompt_schedule"], phi[""], atol=1e-5)
-    assert phi["task_schedule"].tolist() == pytest.approx([start] * 2, abs=1e-5)
-    assert phi["cagrad"].tolist() == pytest.approx([start] * 2, abs=1e-5)
-
-
 def test_without_any_schedule_there_is_no_upper_step(small, monkeypatch):
     monkeypatch.setattr(jscpt, "upper_step", None)
     args = settings(prompt_schedule=False, task_schedule=False, upper_every=1)
     jscpt.train(args, small, small_tasks("a", "b"), Phases())
 
 
-@pytest.mark.parametrize("flag", ABLATIONS)
-def test_every_ablation_trains_and_leaves_clip_alone(small, flag):
-    before, run = {k: v.clone() for k, v in small.state_dict().items()}, Phases()
-    args = ablated(flag, lr=0.02, scale=0.02, epochs=30, upper_every=20)
-    jscpt.train(args, small, small_tasks("a", "b"), run)
-    losses = [row["loss"] for row in run.logged if "loss" in row]
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
-
-
-# -------------------------------------------------------------------------------- what can go wrong
-
-
-def test_stopped_anywhere_a_run_resumes_to_the_same_numbers(tree, tmp_path, here, monkeypatch):
-    """Ctrl-C in the second epoch, and in the third between a lower and its upper step.
-
-    An epoch has two lower steps and an upper one: what is restored are alpha, beta, Adam's moments
-    and the momentum of SGD.
-    """
-    words = ["--data", tree, *SHORT, "--upper-every", 2, "--upper-lr", 0.1]
-    assert here("jscpt.py", *words, "--out", tmp_path / "whole")[0] == 0
-    calls, upper_step, affinity = [], jscpt.upper_step, jscpt.affinity
-
-    def stopping(function, stop):
-        def call(*given):
-            calls.append(function)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return function(*given)
-        return call
-
-    def states(name):
-        return torch.load(tmp_path / name / "prompts.pt", weights_only=True)["prompts"][1]
-
-    whole = states("whole")
-    assert (whole["alpha"] != 1).all()
-    for stop, last in ((5, affinity), (9, upper_step)):
-        calls.clear()
-        run = f"run-{stop}"
-        with monkeypatch.context() as patch:
-            patch.setattr(jscpt, "affinity", stopping(affinity, stop))
-            patch.setattr(jscpt, "upper_step", stopping(upper_step, stop))
-            code, _, err = here("jscpt.py", *words, "--out", tmp_path / run)
-        assert code == 130 and "--resume" in err and calls[-1] is last
-        assert here("jscpt.py", "--resume", "--out", tmp_path / run)[0] == 0
-        assert numbers(tmp_path / run) == numbers(tmp_path / "whole")
-        assert (tmp_path / run / "log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
-        assert all(torch.equal(x, whole[name]) for name, x in states(run).items())
+# -------------------------------------------------------------------- one task, and absent tasks
 
 
 def test_one_task_alone_trains(small):

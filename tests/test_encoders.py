@@ -10,8 +10,6 @@ import torch
 import common
 
 NAMES = ["bird", "musical instrument", "truck or bus"]
-VITS = pytest.mark.parametrize("shape", ["small", "vit_b16"])
-ALL = pytest.mark.parametrize("shape", ["small", "vit_b16", "rn50"])
 
 
 def close(a, b, tolerance=1e-5):
@@ -48,9 +46,8 @@ def slow_text(model, tokens, prompts):
     return torch.stack(ends) @ model.text_projection
 
 
-def slow_image(model, pictures, prompts, order=None):
-    """Deep image prompts [L, B, n, d] with CLIP's own layers; `order` permutes all tokens behind
-    the class token at the input."""
+def slow_image(model, pictures, prompts):
+    """Deep image prompts [L, B, n, d] with CLIP's own layers."""
     v, n = model.visual, prompts.shape[-2]
     x = v.conv1(pictures).flatten(2).permute(0, 2, 1)
     x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
@@ -59,13 +56,11 @@ def slow_image(model, pictures, prompts, order=None):
         if i < len(prompts):
             rest = x[:, 1:] if i == 0 else x[:, 1 + n:]
             x = torch.cat([x[:, :1], prompts[i], rest], 1)
-        if i == 0 and order is not None:
-            x = torch.cat([x[:, :1], x[:, 1:][:, order]], 1)
         x = block(x.permute(1, 0, 2)).permute(1, 0, 2)
     return v.ln_post(x[:, 0]) @ v.proj
 
 
-@ALL
+@pytest.mark.parametrize("shape", ["small", "vit_b16", "rn50"])
 @torch.no_grad()
 def test_without_prompts_both_encoders_are_clip_itself(shape, request):
     model = request.getfixturevalue(shape)
@@ -74,29 +69,24 @@ def test_without_prompts_both_encoders_are_clip_itself(shape, request):
     close(common.encode_image(model, images(model)), model.encode_image(images(model)))
 
 
-@ALL
 @torch.no_grad()
-def test_cutting_the_text_at_its_longest_row_changes_nothing(shape, request):
-    model = request.getfixturevalue(shape)
-    tokens, prompts = common.tokenize(NAMES, 4), random(2, 4, len(model.ln_final.weight))
-    whole = common.encode_text(model, padded(tokens), prompts)
-    close(common.encode_text(model, tokens, prompts), whole)
+def test_cutting_the_text_at_its_longest_row_changes_nothing(small):
+    tokens, prompts = common.tokenize(NAMES, 4), random(2, 4, 64)
+    whole = common.encode_text(small, padded(tokens), prompts)
+    close(common.encode_text(small, tokens, prompts), whole)
 
 
-@VITS
 @torch.no_grad()
-def test_a_set_for_each_row_equals_one_set_repeated(shape, request):
-    model = request.getfixturevalue(shape)
-    tokens, pictures = common.tokenize(NAMES, 3), images(model)
-    text = random(2, 3, len(model.ln_final.weight))
-    image = random(2, 3, len(model.visual.class_embedding))
+def test_a_set_for_each_row_equals_one_set_repeated(small):
+    tokens, pictures = common.tokenize(NAMES, 3), images(small)
+    text, image = random(2, 3, 64), random(2, 3, 64, seed=3)
     each = text[:, None].repeat(1, 3, 1, 1), image[:, None].repeat(1, 2, 1, 1)
-    close(common.encode_text(model, tokens, text), common.encode_text(model, tokens, each[0]))
-    close(common.encode_image(model, pictures, image),
-          common.encode_image(model, pictures, each[1]))
+    close(common.encode_text(small, tokens, text), common.encode_text(small, tokens, each[0]))
+    close(common.encode_image(small, pictures, image),
+          common.encode_image(small, pictures, each[1]))
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [2, 3])
 @torch.no_grad()
 def test_deep_prompts_agree_with_a_slow_walk_through_clips_own_layers(small, layers):
     """With fewer layers than the encoder has, the prompt tokens stay and flow on."""
@@ -106,19 +96,16 @@ def test_deep_prompts_agree_with_a_slow_walk_through_clips_own_layers(small, lay
     close(common.encode_image(small, pictures, image), slow_image(small, pictures, image))
 
 
-@pytest.mark.parametrize("shape", ["small", pytest.param("vit_b16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sets", [[0, 0, 0], [0, 1, 1], [1, 0, 1], [2, 1, 0], [2, 2, 2]])
-def test_a_set_for_each_task_equals_a_set_for_each_row(shape, sets, request):
+@pytest.mark.parametrize("sets", [[0, 0, 0], [1, 0, 1], [2, 1, 0]])
+def test_a_set_for_each_task_equals_a_set_for_each_row(small, sets):
     """Features and gradients of the shared prefix against a walk that shares nothing."""
-    model = request.getfixturevalue(shape)
-    tokens, pictures, given = common.tokenize(NAMES, 3), images(model, 3), torch.tensor(sets)
-    text = random(2, 3, 3, len(model.ln_final.weight)).requires_grad_()
-    image = random(2, 3, 3, len(model.visual.class_embedding)).requires_grad_()
+    tokens, pictures, given = common.tokenize(NAMES, 3), images(small, 3), torch.tensor(sets)
+    text, image = random(2, 3, 3, 64).requires_grad_(), random(2, 3, 3, 64).requires_grad_()
     for ours, slow, prompts in [
-        (common.encode_text(model, tokens, text, given),
-         slow_text(model, padded(tokens), text[:, sets]), text),
-        (common.encode_image(model, pictures, image, given),
-         slow_image(model, pictures, image[:, sets]), image),
+        (common.encode_text(small, tokens, text, given),
+         slow_text(small, padded(tokens), text[:, sets]), text),
+        (common.encode_image(small, pictures, image, given),
+         slow_image(small, pictures, image[:, sets]), image),
     ]:
         close(ours, slow)
         weights = random(*ours.shape, seed=5)
@@ -126,7 +113,7 @@ def test_a_set_for_each_task_equals_a_set_for_each_row(shape, sets, request):
         close(g / expected.abs().max(), expected / expected.abs().max())
 
 
-@pytest.mark.parametrize("sets", [[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]])
+@pytest.mark.parametrize("sets", [[1, 0, 1, 0], [0, 0, 0, 1]])
 @torch.no_grad()
 def test_texts_in_any_order_and_number_have_the_features_of_those_sorted_by_set(small, sets):
     """Two sets with two texts each are computed by one product per set where they stand in order,
@@ -149,20 +136,6 @@ def test_the_prefix_is_computed_once_per_set(small):
 
 
 @torch.no_grad()
-def test_image_prompts_may_stand_anywhere_behind_the_class_token(small):
-    prompts, order = random(1, 2, 5, 64), torch.arange(5 + 16).flip(0)
-    ours = common.encode_image(small, images(small), prompts)
-    close(ours, slow_image(small, images(small), prompts, order))
-
-
-@torch.no_grad()
-def test_the_place_of_a_text_prompt_matters(small):
-    tokens, prompts = common.tokenize(NAMES, 3), random(1, 3, 64)
-    w, other = (common.encode_text(small, tokens, p) for p in (prompts, prompts.flip(1)))
-    assert (w - other).abs().max() > 1e-3
-
-
-@torch.no_grad()
 def test_text_prompts_work_on_a_resnet_and_image_prompts_do_not(rn50):
     tokens = common.tokenize(NAMES, 4)
     plain = common.encode_text(rn50, tokens)
@@ -177,26 +150,6 @@ def test_more_prompts_than_places_are_rejected(small):
         common.encode_text(small, common.tokenize(NAMES, 2), random(1, 9, 64))
     with pytest.raises(ValueError, match="do not fit"):
         common.encode_image(small, images(small), random(4, 2, 64))
-
-
-def test_no_gradient_copies_slices(small):
-    """An in-place operation on a view, such as a linear layer's output, would make it copy them."""
-    prompts = random(2, 2, 64).requires_grad_()
-    text = common.encode_text(small, common.tokenize(NAMES, n_ctx=2), prompts)
-    nodes, seen = [text.grad_fn, common.encode_image(small, images(small), prompts).grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    names = {node.name() for node in seen}
-    assert len(seen) > 100 and not any("CopySlices" in name for name in names), names
-
-
-def test_gradients_reach_every_layers_prompts_and_nothing_else(small):
-    prompts = random(3, 2, 64).requires_grad_()
-    common.encode_text(small, common.tokenize(NAMES, 2), prompts).sum().backward()
-    assert all(g.any() for g in prompts.grad) and all(p.grad is None for p in small.parameters())
 
 
 def test_the_encoders_are_twice_differentiable_under_the_math_kernel(small):
@@ -235,11 +188,6 @@ def test_recompute_runs_each_layer_again_in_the_backward_pass_and_changes_nothin
     for hook in hooks:
         hook.remove()
     assert all(map(torch.equal, *found))
-
-
-def test_features_that_were_computed_before_are_passed_through(small):
-    x = random(4, 32)
-    assert common.encode_image(small, x) is x
 
 
 # ------------------------------------------------------------------------- tokens, texts and losses
@@ -300,17 +248,6 @@ def test_task_losses_by_hand(small):
     assert absent.tolist() == pytest.approx([(first + second) / 2, 0.0], rel=1e-5)
     logged = common.nan_where_absent(absent, task[:2])
     assert logged[0] == absent[0] and logged[1].isnan()
-
-
-def test_task_losses_are_those_of_each_task_alone(small):
-    texts, w = common.Texts([task_of(*NAMES), task_of("cup", "hat")]), random(5, 32)
-    x, labels = random(6, 32, seed=3), torch.tensor([0, 2, 1, 0, 1, 2])
-    task = torch.tensor([0, 0, 1, 1, 1, 0])
-    got = common.task_losses(small, x, w, labels, task, texts)
-    for t, columns in enumerate([w[:3], w[3:]]):
-        scores = common.logits(small, x[task == t], columns)
-        alone = torch.nn.functional.cross_entropy(scores, labels[task == t])
-        assert got[t].item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_the_mean_over_pairs_counts_the_steps_with_images_of_both_tasks():

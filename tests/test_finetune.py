@@ -1,12 +1,11 @@
 """`common.py finetune`: what is trained, what stays frozen, the numbers of parameters, the run."""
 
 import copy
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Phases, numbers, random_clip, small_tasks
+from conftest import Phases, small_tasks
 
 import common
 from common import FINETUNE
@@ -88,16 +87,12 @@ def test_the_first_step_is_on_the_gradient_of_the_packages_own_encoders(small, t
     assert moved > 0.2 * sum(p.numel() for n, p in free.items() if "embedding" not in n)
 
 
-@pytest.mark.parametrize("train", ["all", "bias"])
-def test_what_is_not_trained_keeps_its_bits(small, train):
-    after = FINETUNE.train(settings(train, epochs=2), small, small_tasks("a"), Phases())
+def test_what_is_not_trained_keeps_its_bits(small):
+    after = FINETUNE.train(settings("bias", epochs=2), small, small_tasks("a"), Phases())
     changed = {name for name, p in after.clip.state_dict().items()
                if not torch.equal(p, small.state_dict()[name])}
-    assert all(name.endswith("bias") for name in changed) is (train == "bias")
-    if train == "all":
-        assert {"visual.conv1.weight", "token_embedding.weight", "logit_scale"} <= changed
-    else:
-        assert {"transformer.resblocks.0.attn.in_proj_bias", "visual.ln_pre.bias"} <= changed
+    assert all(name.endswith("bias") for name in changed)
+    assert {"transformer.resblocks.0.attn.in_proj_bias", "visual.ln_pre.bias"} <= changed
 
 
 def test_an_adapters_feature_by_hand(small):
@@ -137,23 +132,6 @@ def test_adapters_train_behind_a_frozen_clip(small, adapters):
     assert scores["accuracy"][1] == pytest.approx(100 * hits.double().mean().item())
 
 
-@pytest.mark.parametrize("train", ["all", "bias"])
-def test_the_loss_runs_on_cuda(train):
-    """A forward pass on fake CUDA tensors: nothing is left on the CPU."""
-    from clip.model import CLIP
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    texts = common.Texts(small_tasks("a", "b"), templates=True)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        weights = common.Weights(CLIP(**TINY).eval(), train, 0, 0.2)
-        images = torch.randn(4, 3, 32, 32)
-        labels = torch.zeros(4, dtype=torch.long)
-        x = weights.adapted(common.encode_image(weights.clip, images), labels)
-        w = common.encode_text(weights.clip, texts.tokens)
-        losses = common.task_losses(weights.clip, x, w, labels, labels, texts)
-        assert losses.device.type == "cuda" and losses.shape == (2,)
-
-
 def test_a_trained_temperature_is_used(small):
     """Probabilities of full fine-tuning have its own logit scale."""
     weights = FINETUNE.build(settings("all"), small, small_tasks("a"))
@@ -166,7 +144,6 @@ def test_a_trained_temperature_is_used(small):
 
 @pytest.mark.parametrize("words, expected", [
     ("--clip ViT-B/16 --train all", (1e-5, 4, 5)),
-    ("--clip ViT-B/16 --train bias", (0.0035, 4, 5)),
     ("--clip ViT-B/16 --train adapter", (0.0035, 4, 5)),
     ("--clip ViT-B/16 --train bias --lr 1", (1.0, 4, 5)),
     ("--clip tiny --train bias", (0.001, 16, 10))])
@@ -186,56 +163,3 @@ def test_trained_weights_score_with_both_of_their_encoders(small):
         assert scores["accuracy"][t] == pytest.approx(100 * hits.double().mean().item())
     assert scores["zero_shot"] == common.evaluate(
         args, small, tasks, common.zero_shot_classifiers(small, tasks))["accuracy"]
-
-
-@pytest.fixture
-def words(tree, tmp_path):
-    torch.save(random_clip(**TINY).state_dict(), tmp_path / "random.pt")
-    return (f"finetune --data {tree} --clip {tmp_path}/random.pt --shots 2 --batch-size 6 "
-            "--epochs 2 --device cpu")
-
-
-@pytest.mark.parametrize("own", ["--train all", "--train bias --single-task", "--train adapter"])
-def test_a_run_is_one_like_any_other(own, words, tree, tmp_path, here, monkeypatch):
-    """Stopped behind its first epoch and resumed; scored again; in the table; used to predict."""
-    def said(words):
-        code, out, err = here("common.py", *words.split())
-        assert code == 0, err
-        return re.sub(".* -> .*\n|.*: epoch .*\n", "", out)         # behind its first lines
-
-    table = said(f"{words} {own} --out {tmp_path}/whole").split("\n\n")[0]
-    whole = numbers(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "interrupted", True)
-        common.commands(f"{words} {own} --out {tmp_path}/cut".split())
-    assert torch.load(tmp_path / "cut" / "checkpoint.pt")["epoch"] == 1
-    said(f"finetune --resume --out {tmp_path}/cut")
-    assert numbers(tmp_path / "cut")["accuracy"] == whole["accuracy"]
-    assert whole["method"] == "finetune"
-    assert (tmp_path / "cut/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
-    prompts = tmp_path / "cut" / "prompts.pt"
-    assert all(map(torch.equal, weights_in(prompts), weights_in(tmp_path / "whole" / "prompts.pt")))
-    assert said(f"finetune --eval {prompts}").split("\n\n")[0] == table
-    assert f"{whole['trainable_parameters']:,}" in said(f"table {tmp_path}/cut")
-    assert "cup" in said(f"predict {prompts} {tree}/drawn/cup/000.png --task drawn")
-
-
-def weights_in(path):
-    """The tensors of seed 1 in a prompts.pt, with --single-task those of all tasks."""
-    saved = list(torch.load(path)["prompts"][1].values())
-    if isinstance(saved[0], dict):
-        saved = [weight for task in saved for weight in task.values()]
-    return saved
-
-
-def test_weights_of_another_part_or_backbone_are_rejected(words, tmp_path, here):
-    def rejected(more):
-        code, _, err = here("common.py", "finetune", "--eval", mine, *more.split())
-        assert code == 2 and err.count("\n") == 1
-        return err
-
-    mine = tmp_path / "run" / "prompts.pt"
-    common.commands(f"{words} --train adapter --epochs 1 --out {tmp_path}/run".split())
-    assert "was started with --train adapter, not with --train bias" in rejected("--train bias")
-    torch.save(random_clip(**dict(TINY, embed_dim=16)).state_dict(), tmp_path / "random.pt")
-    assert "random.pt is not the backbone that" in rejected("")

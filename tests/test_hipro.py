@@ -301,35 +301,10 @@ def test_a_random_tree_is_that_of_its_seed():
     assert tree(1) == tree(1) != tree(2)
 
 
-def test_every_grouping_sees_the_same_views(small, drawn):
-    shown = []
-    for grouping in ("tree", "tag-groups", "random"):
-        args = settings(grouping=grouping, epochs=2, lr=0.01, batch_size=5)
-        hipro.train(args, small, small_tasks("a", "b", "c"), Phases())
-        shown.append(drawn[:])
-        drawn.clear()
-    tree, tag, random = shown
-    assert len(tree) == len(tag) == 2 * len(random) == 2 * 2 * 4
-    for one, same in zip([*tree, *tree[8:]], [*tag, *random], strict=True):
-        assert all(map(torch.equal, one, same))
-
-
 def test_one_task_trains_its_one_prompt(small, capsys):
     prompts = hipro.train(settings(), small, small_tasks("a"), Phases())
     assert prompts.nodes() == [(0,)] and len(prompts.vectors) == 1
     assert "one task" in capsys.readouterr().out
-
-
-def test_saved_prompts_come_back_without_making_those_in_use_anew():
-    """An optimizer that holds the parameters goes on with them after a restore."""
-    prompts, other = hipro.NodePrompts(2, 3, 64), hipro.NodePrompts(2, 3, 64)
-    prompts.set_nodes([(0,), (1,), (0, 1)])
-    other.load_state_dict(prompts.state_dict())
-    assert other.nodes() == [(0,), (1,), (0, 1)]
-    assert all(map(torch.equal, prompts.vectors, other.vectors))
-    held = list(other.vectors)
-    other.load_state_dict(prompts.state_dict())
-    assert all(a is b for a, b in zip(held, other.vectors))
 
 
 # ---------------------------------------------------------------------------------------- Eq. (5)

@@ -44,17 +44,19 @@ PARAMETERS = {
     "coop_mt.py --single-task --proda 2": 2 * 2 * 2 * 64,
     "vpt_mt.py": 3 * 2 * 64,
     "maple_mt.py": COUPLED,
+    "mvlpt.py --prompt coop": 2 * 2 * 64,
     "hipro.py": 3 * 2 * 64,
     "mmap.py --groups 1": 3 * MMAP,
-    "jscpt.py --upper-every 2": JSCPT,
+    "jscpt.py --upper-every 2 --terms 1": JSCPT,
     "common.py finetune --lr 0.001": sum(p.numel() for p in random_clip(**TINY).parameters()),
-    "common.py finetune --train bias": 3 * 2 * 11 * 64 + 3 * 64,
+    "common.py finetune --train bias --single-task": 2 * (3 * 2 * 11 * 64 + 3 * 64),
     "common.py finetune --train adapter": 2 * ((32 + 1) * 8 + (8 + 1) * 32),
     "common.py probe": 2 * (32 + 1) * 3,
     "common.py zero-shot": 0,
 }
-OWN = {"hipro": {"nodes", "affinity"}, "mmap": {"groups", "similarity"}, "probe": {"C"},
-       "jscpt": {"alpha", "beta", "effect", "affinity", "phi", "schedule_parameters"}}
+OWN = {"hipro": {"nodes", "affinity"}, "mmap": {"groups", "similarity"}, "mvlpt": {"groups"},
+       "jscpt": {"alpha", "beta", "effect", "affinity", "phi", "schedule_parameters"},
+       "probe": {"C"}}
 GRADIENT = [command for command in PARAMETERS if not command.endswith(("probe", "zero-shot"))]
 
 
@@ -83,7 +85,7 @@ def line_of(shapes, random_pt):
         known = {field.name for field in fields(method_of(command).Args)}
         line = f"{command} --data {shapes} --clip {random_pt} --shots 2 --seeds 1 2 --device cpu"
         if "epochs" in known:
-            line += " --epochs 3 --batch-size 3"
+            line += " --epochs 2 --batch-size 3"
         if "lr" in known and "--lr" not in command:
             line += " --lr 0.02"
         return line + " --n-ctx 2" * ("n_ctx" in known)
@@ -139,7 +141,7 @@ def test_a_run_reports_in_its_own_folder(whole):
     for row in csv.DictReader((out / "log.csv").open()):
         phases.setdefault((row["seed"], row["phase"]), []).append(int(row["epoch"]))
         assert 1 <= len(json.loads(row["losses"])) <= 2
-    assert all(epochs == [1, 2, 3][:len(epochs)] for epochs in phases.values())
+    assert all(epochs == [1, 2][:len(epochs)] for epochs in phases.values())
     assert {seed for seed, _ in phases} == ({"1", "2"} if command in GRADIENT else set())
 
 
@@ -274,12 +276,14 @@ class Reached(Exception):
     """A training has computed its loss."""
 
 
-ALSO_ON_GPU = ["coop_mt.py --surgery pcgrad", "hipro.py --grouping random",
-               "mmap.py --grouping all", "mmap.py --no-specific --grouping random"]
+# but for mvlpt.py: a module of fake tensors cannot be moved
+ON_GPU = [command for command in GRADIENT if not command.startswith("mvlpt")]
+ON_GPU += ["coop_mt.py --surgery pcgrad", "hipro.py --grouping random", "mmap.py --grouping all",
+           "mmap.py --no-specific --grouping random"]
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("command", GRADIENT + ALSO_ON_GPU)
+@pytest.mark.parametrize("command", ON_GPU)
 def test_the_loss_of_a_step_and_the_logits_on_a_gpu(command, line_of):
     """`train` up to its first gradient, which fake tensors do not have, has the loss of the CPU,
     and so have the logits of what it trains until there."""
@@ -353,32 +357,6 @@ def test_the_first_step_descends_on_the_sum_of_the_tasks_cross_entropies(command
     for old, new, g in zip(before, trained.parameters(), torch.autograd.grad(sum(losses), before)):
         assert (new - (old - 0.1 * (g + 5e-4 * old))).abs().max() < 1e-4 * max(1, g.abs().max())
         assert g.any()
-
-
-def test_one_step_of_mmap_enters_few_functions_of_ours(line_of):
-    """From the call of `batches` to `optimizer.step`, each counted once."""
-    entered, inside = {}, False
-
-    def watch(frame, event, _):
-        nonlocal inside
-        code = frame.f_code
-        ours = code.co_filename.startswith(str(ROOT)) and "tests" not in code.co_filename
-        if event == "call" and ours and code.co_name == "batches":
-            inside = not entered                    # the first step alone
-        if event == "call" and code.co_name == "step" and "optim" in code.co_filename:
-            inside = False
-        if event == "call" and inside and ours and not code.co_name.startswith("<"):
-            entered[code.co_qualname] = None
-
-    line = line_of("mmap.py --grouping all").replace("--seeds 1 2", "--seeds 1 --workers 0")
-    sys.setprofile(watch)
-    try:
-        code, _, err = run(line)
-    finally:
-        sys.setprofile(None)
-    print(f"\n{len(entered)} functions: {', '.join(entered)}")
-    assert code == 0 and {"encode_image", "encode_text", "task_losses"} <= entered.keys(), err
-    assert len(entered) <= 24
 
 
 SCRIPTS = dict.fromkeys(" ".join(one.split()[:1 + one.startswith("common.py")])

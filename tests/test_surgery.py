@@ -157,16 +157,3 @@ def test_the_rate_is_a_cosine_that_begins_behind_the_warm_up(method):
     assert rates(method, warm_up=1) == pytest.approx([1e-5, *cosine[:3]])
     assert rates(method, warm_up=3) == pytest.approx([1e-5, 1e-5, 1e-5, 0.2])
     assert rates(method, schedule="constant") == [0.2] * 4
-
-
-def test_sgd_has_the_momentum_and_the_weight_decay_of_dassl():
-    """Two steps with gradient 1 from p = 2: v = 1 + 5e-4 p, then 0.9 v + 1 + 5e-4 p."""
-    module = torch.nn.ParameterList([torch.tensor([2.0], dtype=torch.double)])
-    optimizer, _ = common.sgd(coop.Args(lr=0.1, epochs=1), module)
-    module[0].grad = torch.ones(1, dtype=torch.double)
-    p, v = 2.0, 0.0
-    for _ in range(2):
-        optimizer.step()
-        v = 0.9 * v + 1 + 5e-4 * p
-        p -= 0.1 * v
-        assert module[0].item() == pytest.approx(p, rel=1e-12)

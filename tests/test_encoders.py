@@ -80,10 +80,11 @@ def test_cutting_the_text_at_its_longest_row_changes_nothing(small):
 def test_a_set_for_each_row_equals_one_set_repeated(small):
     tokens, pictures = common.tokenize(NAMES, 3), images(small)
     text, image = random(2, 3, 64), random(2, 3, 64, seed=3)
-    each = text[:, None].repeat(1, 3, 1, 1), image[:, None].repeat(1, 2, 1, 1)
-    close(common.encode_text(small, tokens, text), common.encode_text(small, tokens, each[0]))
+    texts = text[:, None].repeat(1, 3, 1, 1)
+    close(common.encode_text(small, tokens, text), common.encode_text(small, tokens, texts))
+    prompts = image[:, None].repeat(1, 2, 1, 1)
     close(common.encode_image(small, pictures, image),
-          common.encode_image(small, pictures, each[1]))
+          common.encode_image(small, pictures, prompts))
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -211,9 +212,13 @@ def test_texts_of_several_tasks_are_one_batch_and_share_rows():
     assert shared.mine.int().tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [1, 1, 1, 0, 0]]
     assert torch.equal(shared.tokens, common.tokenize([*NAMES, "cup", "hat"], 4))
     owned = common.Texts(tasks, 4, sets=[0, 1, 1])
-    assert owned.start.tolist() == [0, 3, 5] and owned.sets.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert owned.start.tolist() == [0, 3, 5]
+    assert owned.sets.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    tasks[2].template = "no {}"                             # of the same class names as tasks[0]
     templates = common.Texts(tasks, templates=True)
-    assert torch.equal(templates.tokens, common.tokenize([*NAMES, "cup", "hat"], template="a {}"))
+    assert templates.start.tolist() == [0, 3, 5]
+    for tokens, template in ((templates.tokens[:3], "a {}"), (templates.tokens[5:], "no {}")):
+        assert torch.equal(tokens, common.tokenize(NAMES, template=template))
 
 
 def test_task_losses_by_hand(small):
@@ -244,14 +249,3 @@ def test_the_mean_over_pairs_counts_the_steps_with_images_of_both_tasks():
     resumed.load_state_dict(pairs.state_dict())
     resumed.add(torch.full((3, 3), 6.0), torch.tensor([0]))
     assert resumed.mean().tolist() == [[4, 2, 6], [2, 3, 0], [6, 0, 7]]
-
-
-def test_the_texts_of_one_task_are_those_it_would_have_alone():
-    tasks = [task_of(*NAMES), task_of("cup", "hat"), task_of(*NAMES)]
-    for sets in ([0, 1, 2], [0, 0, 0]):
-        one = common.Texts(tasks, 4, sets).of_task(1)
-        alone = common.Texts(tasks[1:2], 4)
-        own, padding = one.tokens.tensor_split([alone.tokens.shape[1]], dim=1)
-        assert torch.equal(own, alone.tokens) and padding.eq(0).all()
-        assert one.sets.tolist() == [0, 0] and one.start.tolist() == [0]
-        assert one.mine.tolist() == [[True, True]]

@@ -217,15 +217,6 @@ def test_groups_by_hand():
     assert groups(matrix(".5 1 .9; 1 .6 1; .8 .9 .7"), 2) == "01 10 21"
 
 
-def test_partners_have_the_largest_transfer_of_all_choices():
-    transfer = torch.rand(6, 6, generator=torch.Generator().manual_seed(3))
-    for j, (first, *partners) in enumerate(mvlpt.group_by_transfer(transfer, 3)):
-        others = [i for i in range(6) if i != j]
-        best = max(itertools.combinations(others, 2),
-                   key=lambda choice: transfer[list(choice), j].sum())
-        assert first == j and sorted(partners) == list(best)
-
-
 def test_worst_partners_and_sizes():
     accuracy = matrix("90 10 20; 50 80 40; 10 70 60")
 

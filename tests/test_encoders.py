@@ -242,3 +242,17 @@ def test_the_mean_over_pairs_counts_the_steps_with_images_of_both_tasks():
     resumed.load_state_dict(pairs.state_dict())
     resumed.add(torch.full((3, 3), 6.0), torch.tensor([0]))
     assert resumed.mean().tolist() == [[4, 2, 6], [2, 3, 0], [6, 0, 7]]
+
+
+def test_no_gradient_copies_slices(small):
+    """An in-place operation on a view, such as a linear layer's output, would make it copy them."""
+    prompts = random(2, 2, 64).requires_grad_()
+    text = common.encode_text(small, common.tokenize(NAMES, n_ctx=2), prompts)
+    nodes, seen = [text.grad_fn, common.encode_image(small, images(small), prompts).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert len(seen) > 100 and not any("CopySlices" in name for name in names), names

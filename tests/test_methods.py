@@ -359,6 +359,32 @@ def test_the_first_step_descends_on_the_sum_of_the_tasks_cross_entropies(command
         assert g.any()
 
 
+def test_one_step_of_mmap_enters_few_functions_of_ours(line_of):
+    """From the call of `batches` to `optimizer.step`, each counted once."""
+    entered, inside = {}, False
+
+    def watch(frame, event, _):
+        nonlocal inside
+        code = frame.f_code
+        ours = code.co_filename.startswith(str(ROOT)) and "tests" not in code.co_filename
+        if event == "call" and ours and code.co_name == "batches":
+            inside = not entered                    # the first step alone
+        if event == "call" and code.co_name == "step" and "optim" in code.co_filename:
+            inside = False
+        if event == "call" and inside and ours and not code.co_name.startswith("<"):
+            entered[code.co_qualname] = None
+
+    line = line_of("mmap.py --grouping all").replace("--seeds 1 2", "--seeds 1 --workers 0")
+    sys.setprofile(watch)
+    try:
+        code, _, err = run(line)
+    finally:
+        sys.setprofile(None)
+    print(f"\n{len(entered)} functions: {', '.join(entered)}")
+    assert code == 0 and {"encode_image", "encode_text", "task_losses"} <= entered.keys(), err
+    assert len(entered) <= 24
+
+
 SCRIPTS = dict.fromkeys(" ".join(one.split()[:1 + one.startswith("common.py")])
                         for one in PARAMETERS)
 

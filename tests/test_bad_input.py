@@ -517,6 +517,17 @@ def test_an_undecodable_test_image_is_named_and_the_prompts_are_kept(place, tmp_
         assert code == 0 and not err and "average" in out
 
 
+def test_an_undecodable_image_of_the_second_seed_is_found_before_the_first_trains(
+        place, tmp_path, refused):
+    shutil.copytree(place / "shapes", tmp_path / "shapes")
+    first, second = (common.load_tasks(str(tmp_path / "shapes"), shots=2, seed=seed)[0].train.items
+                     for seed in (1, 2))
+    path = next(path for path in second if path not in first)
+    path.write_bytes(path.read_bytes()[:-30])
+    words = f"{SMALL} --clip {place}/random.pt --seeds 1 2 --out run"
+    refused(tmp_path, "coop_mt", words, f"{path} cannot be decoded")
+
+
 def test_data_that_changed_since_a_run_was_stopped_are_noticed(place, tmp_path, here, refused,
                                                                monkeypatch):
     """A renamed image gives another split of as many images. It goes on when it is back."""

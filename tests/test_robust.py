@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from unittest import mock
 
 import pytest
@@ -214,6 +215,16 @@ def test_what_happens_once_is_not_done_again(tmp_path):
     again = run_in(tmp_path, resume=True)
     again.once("init", change, part=part)
     assert len(calls) == 1 and part.weight.item() == 7 and again.rows() == []
+
+
+def test_what_is_logged_does_not_keep_the_graph_of_its_step(tmp_path):
+    """Else memory grows with the steps of an epoch."""
+    one = run_in(tmp_path)
+    for _ in one.epochs("one", 1):
+        kept = torch.rand(3)
+        one.log(loss=(kept * torch.rand(3, requires_grad=True)).sum())
+        kept = weakref.ref(kept)
+        assert kept() is None
 
 
 def test_optimizers_are_in_the_running_phases_file_alone(tmp_path):

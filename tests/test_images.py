@@ -29,47 +29,50 @@ def read(tmp_path, image, name="x.png", **how):
 # ------------------------------------------------------------------------------- the right pixels
 
 
-def test_sixteen_bit_grey_is_scaled_by_its_range(tmp_path):
-    values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
-    for name in ("x.png", "x.tiff"):
-        found = read(tmp_path, Image.fromarray(values), name)[..., 0]
-        assert found.tolist() == [[0, 100], [200, 255]]
+HIGH = 2**31 - 1
+
+
+@pytest.mark.parametrize("name, kind, values, wanted", [
+    ("16 bits.png", "uint16", [0, 100 * 257, 200 * 257, 65535], [0, 100, 200, 255]),
+    ("dark.png", "uint16", [0, 1], [0, 1]),
+    ("big-endian.tiff", ">u2", [0, 9 * 257, 65535], [0, 9, 255]),
+    ("32 bits.tiff", "int32", [1000, 2600, 5000], [0, 102, 255]),
+    ("negative.tiff", "int32", [-7, 93], [0, 255]),
+    ("high.tiff", "int32", [70_000, HIGH], [0, 255]),
+    ("small.tiff", "int32", [0, 17, 200], [0, 17, 200]),
+    ("unit.tiff", "float32", [0.0, 0.2, 1.0], [0, 51, 255]),
+    ("signed.tiff", "float32", [-2.0, 0.0, 2.0], [0, 128, 255]),
+    ("bytes.tiff", "float32", [0.0, 17.0, 255.0], [0, 17, 255]),
+])
+def test_grey_of_more_than_eight_bits_is_scaled_by_its_range(tmp_path, name, kind, values, wanted):
+    """32 bits and floats have no range of their own: they are stretched where they leave 0..255."""
+    image = Image.fromarray(np.array([values], dtype=kind))
+    assert read(tmp_path, image, name)[..., 0].tolist() == [wanted]
+
+
+def test_sixteen_bits_that_pillow_opens_as_thirty_two(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535 " + bytes([0, 0, 5, 5, 15, 160]))
     assert np.asarray(data.read_image(tmp_path / "x.pgm"))[..., 0].tolist() == [[0, 5, 16]]
     old = Image.fromarray(np.array([[0, 257 * 5, 4000]], dtype=np.int32))   # by Pillow 10, of a PNG
     assert np.asarray(data.images.rgb(old, "PNG"))[..., 0].tolist() == [[0, 5, 16]]
 
 
-def test_thirty_two_bit_grey_and_floats_are_scaled_by_theirs(tmp_path):
-    """32 bits have no range of their own, so that 4,000 shades are not 16."""
-    for values in ([0, 65535], [1000, 5000], [-7, 93], [70_000, 2**31 - 1]):
-        whole = Image.fromarray(np.array([values], dtype=np.int32))
-        assert read(tmp_path, whole, "i.tiff")[..., 0].tolist() == [[0, 255]]
-    shades = Image.fromarray(np.arange(4000, dtype=np.int32)[None])
-    assert len(set(read(tmp_path, shades, "s.tiff")[0, :, 0])) == 256
-    small = Image.fromarray(np.array([[0, 17, 200]], dtype=np.int32))
-    assert read(tmp_path, small, "small.tiff")[..., 0].tolist() == [[0, 17, 200]]
-    unit = Image.fromarray(np.array([[0.0, 0.2, 1.0]], dtype=np.float32))
-    assert read(tmp_path, unit, "f.tiff")[..., 0].tolist() == [[0, 51, 255]]
-    signed = Image.fromarray(np.array([[-2.0, 0.0, 2.0]], dtype=np.float32))
-    assert read(tmp_path, signed, "s.tiff")[..., 0].tolist() == [[0, 128, 255]]
-    bytes_ = Image.fromarray(np.array([[0.0, 17.0, 255.0]], dtype=np.float32))
-    assert read(tmp_path, bytes_, "b.tiff")[..., 0].tolist() == [[0, 17, 255]]
-
-
 def test_transparency_is_put_on_white_in_every_mode(tmp_path):
     """Black under full transparency is white; half transparent black is middle grey."""
-    rgba = Image.fromarray(
-        np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 128]]], dtype=np.uint8)
-    )
-    assert read(tmp_path, rgba)[..., 0].tolist() == [[255, 0, 127]]
-    la = Image.fromarray(np.array([[[0, 0], [0, 255]]], dtype=np.uint8), "LA")
-    assert read(tmp_path, la, "la.png")[..., 1].tolist() == [[255, 0]]
+    rgba = np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 128]]], dtype=np.uint8)
+    assert read(tmp_path, Image.fromarray(rgba))[..., 0].tolist() == [[255, 0, 127]]
+    la = np.array([[[0, 0], [0, 128], [200, 255]]], dtype=np.uint8)
+    assert read(tmp_path, Image.fromarray(la, "LA"), "la.png")[..., 1].tolist() == [[255, 127, 200]]
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, 200, 10, 20])
     palette.putpixel((1, 0), 1)
     found = read(tmp_path, palette, "p.png", transparency=0)
     assert found.tolist() == [[[255, 255, 255], [200, 10, 20]]]
+    black = read(tmp_path, Image.new("RGB", (2, 2)), "rgb.png", transparency=(0, 0, 0))
+    assert black.min() == 255
+    frames = [Image.new("RGBA", (4, 4), colour) for colour in ((0, 0, 0, 0), (9, 9, 9, 255))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2)
+    assert np.asarray(data.read_image(tmp_path / "a.gif")).min() == 255
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -87,27 +90,6 @@ def test_animations_palettes_and_cmyk_are_converted(tmp_path):
     assert np.asarray(data.read_image(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
     assert read(tmp_path, Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "c.jpg").min() > 250
     assert read(tmp_path, Image.new("1", (2, 2), 1), "one.png").min() == 255
-
-
-def test_the_same_holds_for_rarer_files(tmp_path):
-    """Big-endian 16 bits, a float mask of zeros and ones, one transparent colour without alpha."""
-    big = Image.fromarray(np.array([[0, 257 * 9, 65535]], dtype=">u2"))
-    assert read(tmp_path, big, "big.tiff")[..., 0].tolist() == [[0, 9, 255]]
-    dark = Image.fromarray(np.array([[0, 1]], dtype=np.uint16))         # whole numbers stay
-    assert read(tmp_path, dark, "dark.png")[..., 0].tolist() == [[0, 1]]
-    mask = Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32))
-    assert read(tmp_path, mask, "mask.tiff")[..., 2].tolist() == [[0, 255]]
-    half = Image.fromarray(np.array([[[0, 128], [200, 255]]], dtype=np.uint8), "LA")
-    assert read(tmp_path, half, "half.png")[..., 0].tolist() == [[127, 200]]
-    assert read(tmp_path, Image.new("L", (2, 2)), "l.png", transparency=0).min() == 255
-    black = read(tmp_path, Image.new("RGB", (2, 2)), "rgb.png", transparency=(0, 0, 0))
-    assert black.min() == 255
-
-
-def test_transparent_first_frame_of_an_animation_is_put_on_white(tmp_path):
-    frames = [Image.new("RGBA", (4, 4), colour) for colour in ((0, 0, 0, 0), (9, 9, 9, 255))]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2)
-    assert np.asarray(data.read_image(tmp_path / "a.gif")).min() == 255
 
 
 def jpeg(image, **how):
@@ -129,31 +111,21 @@ def files():
     image.paste(noise(1), (5, 5))
     plain, cmyk, png = jpeg(image), jpeg(image.convert("CMYK")), io.BytesIO()
     image.save(png, "PNG")
-    adobe = cmyk.index(b"Adobe") + 11
-    size = plain.index(b"\xff\xc0") + 5
     scan = plain.index(b"\xff\xda") + 300
+    size = plain.index(b"\xff\xc0") + 5
     found = dict(
         rgb=plain,
         grey=jpeg(image.convert("L")),
         progressive=jpeg(image, progressive=True, quality=40),
-        unsampled=jpeg(image, subsampling=0),
-        restarts=jpeg(image, restart_marker_blocks=2),
-        one_pixel=jpeg(noise(2, 1)),
         upright=jpeg(image, exif=turned(1)),
         damaged_exif=jpeg(image, exif=b"Exif\0\0garbage"),
         damaged=plain[:scan] + bytes(40) + plain[scan + 40:],
-        more_behind=plain + b"more",
-        zeros_for_the_end=plain[:-2] + bytes(50),
         on_its_side=jpeg(image, exif=turned(6)),
-        mirrored=jpeg(image.convert("L"), exif=turned(2)),
         cmyk=cmyk,
-        ycck=cmyk[:adobe] + b"\2" + cmyk[adobe + 1:],
         png=png.getvalue(),
         truncated=plain[:len(plain) // 2],
-        no_scan=plain[:scan - 300],
         two_hundred_megapixels=plain[:size] + b"\x36\xb0\x36\xb0" + plain[size + 4:],
         text=b"no image",
-        empty=b"",
     )
     names = dict(rgb="a.png", png="a.jpg")
     return {case: (names.get(case, "a.jpeg"), content) for case, content in found.items()}
@@ -161,7 +133,7 @@ def files():
 
 @pytest.mark.parametrize("case", files())
 def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path, monkeypatch, capfd, case):
-    """The first ten by torchvision's decoder. Nothing is printed of damage."""
+    """The first six by torchvision's decoder. Nothing is printed of damage."""
     name, content = files()[case]
     (tmp_path / name).write_bytes(content)
     decode, decoded = torchvision.io.decode_jpeg, []
@@ -182,7 +154,7 @@ def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path, monkeypatch, capfd, case):
         found = np.asarray(data.read_image(tmp_path / name))
         assert found.shape == wanted.shape
         assert np.abs(found.astype(int) - wanted).max() <= 1        # 0 where both have one libjpeg
-        assert len(decoded) == (list(files()).index(case) < 10)
+        assert len(decoded) == (list(files()).index(case) < 6)
     assert capfd.readouterr() == ("", "")
 
 
@@ -193,17 +165,9 @@ def test_without_torchvisions_decoder_pillow_reads_the_jpeg(tmp_path, monkeypatc
     assert np.abs(np.asarray(data.read_image(tmp_path / "x.jpg")).astype(int) - found).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
-def test_an_image_with_damaged_exif_data_is_read_as_it_is(tmp_path, name):
-    image = Image.new("RGB", (6, 3), "white")
-    found = read(tmp_path, image, name, exif=b"Exif\0\0garbage")
+def test_an_image_with_damaged_exif_data_is_read_as_it_is(tmp_path):
+    found = read(tmp_path, Image.new("RGB", (6, 3), "white"), exif=b"Exif\0\0garbage")
     assert found.shape == (3, 6, 3) and found.min() == 255
-
-
-def test_what_cannot_be_decoded_is_named(tmp_path):
-    (tmp_path / "x.png").write_text("no image")
-    with pytest.raises(data.UserError, match="x.png cannot be decoded as an image"):
-        data.read_image(tmp_path / "x.png")
 
 
 def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
@@ -221,10 +185,11 @@ def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
 def test_evaluation_shows_clips_own_pixels():
     """`in_order` and `normalise` are the clip package's preprocessing, to one grey level."""
     images = data.Images(range(3), [0, 1, 2], lambda i: noise(i, 50 + 7 * i).resize((60, 40 + i)))
-    [(pixels, labels)] = data.in_order(images, 32, workers=0)
-    wanted = torch.stack([_transform(32)(images[i][0]) for i in range(3)])
-    assert (data.normalise(pixels) - wanted).abs().max() < 1.1 / 255 / 0.26
-    assert labels.tolist() == [0, 1, 2]
+    batches = list(data.in_order(images, 32, workers=0, batch=2))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1], [2]]
+    wanted = torch.stack([_transform(32)(image) for image, _ in images])
+    found = data.normalise(torch.cat([pixels for pixels, _ in batches]))
+    assert (found - wanted).abs().max() < 1.1 / 255 / 0.26
 
 
 def test_normalise_is_clips_to_tensor_and_normalize():
@@ -233,18 +198,6 @@ def test_normalise_is_clips_to_tensor_and_normalize():
     wanted = torch.stack([clips[1](clips[0](image)) for image in images])
     pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
     assert torch.equal(data.normalise(torch.from_numpy(pixels)), wanted)
-
-
-def test_test_images_are_resized_and_cropped_at_the_centre_by_hand():
-    """48 x 32 to a height of 16 is 24 x 16; the centre is columns 4 to 20. Batches keep order."""
-    images = data.Images(range(5), [3, 1, 4, 1, 5], lambda i: noise(i, 48).crop((0, 0, 48, 32)))
-    batches = list(data.in_order(images, 16, workers=0, batch=2))
-    assert [labels.tolist() for _, labels in batches] == [[3, 1], [4, 1], [5]]
-    pixels = torch.cat([x for x, _ in batches]).permute(0, 2, 3, 1)
-    for i in range(5):
-        resized = images[i][0].resize((24, 16), Image.Resampling.BICUBIC)
-        wanted = np.asarray(resized.crop((4, 0, 20, 16))).astype(int)
-        assert np.abs(pixels[i].numpy() - wanted).max() <= 1
 
 
 def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
@@ -259,22 +212,14 @@ def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
 
 
 def test_augmentation_is_a_matter_of_the_task():
-    """Task 0 is augmented: its two views differ; task 1 is not."""
-    lists = [data.Images([0], [0], lambda i: noise(i, 24)) for _ in range(2)]
+    """Task 0 is augmented: its two views differ; task 1 is only resized."""
+    lists = [data.Images([0], [0], lambda i: noise(i, 50)) for _ in range(2)]
     step = [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2)]
-    [(x, _, tasks)] = rendered(lists, [step], 24, 1, augment=[True, False])
+    [(x, _, tasks)] = rendered(lists, [step], 16, 1, augment=[True, False])
     assert tasks.tolist() == [0, 0, 1, 1]
     assert not torch.equal(x[0], x[1]) and torch.equal(x[2], x[3])
-
-
-def test_without_augmentation_an_image_is_only_resized():
-    images = data.Images([0], [0], lambda i: noise(i, 50))
-    plain = np.asarray(images[0][0].resize((16, 16), Image.Resampling.BICUBIC))
-    for seed in (1, 2):
-        [(x, _, _)] = rendered(
-            [images], [[(0, 0, seed)]], 16, seed, augment=[False], workers=0
-        )
-        assert np.abs(x[0].permute(1, 2, 0).numpy().astype(int) - plain).max() <= 1
+    plain = np.asarray(noise(0, 50).resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(x[2].permute(1, 2, 0).numpy() - plain).max() <= 1
 
 
 def test_a_view_depends_on_seed_task_index_and_view_alone():
@@ -422,89 +367,44 @@ def test_workers_that_cannot_start_are_told_in_a_line(tree, capfd, more):
     assert capfd.readouterr() == ("", "") and not multiprocessing.active_children()
 
 
-def test_a_full_shared_memory_is_told_in_a_line(tree, monkeypatch):
-    """The semaphores of the worker processes find no room in /dev/shm."""
-    [task, _] = data.load_tasks(str(tree), split=0.4)
-
-    def full(self):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
-    with pytest.raises(data.UserError, match="No space left on device.*--workers 0"):
-        list(rendered([task.train], [[(0, 0, 0)]], 16, 1, workers=1))
-
-
 # ----------------------------------------------------------------------------- folders and names
 
 
 def test_every_ending_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
-    make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 3})
-    for name in ("a.jfif", "b.jpe", "c.ppm", "d.BMP"):
-        noise(9 + len(name) + ord(name[0])).save(
-            tmp_path / "t" / "d" / "cup" / name, "JPEG" if name[2] == "j" else None
-        )
-    (tmp_path / "t" / "d" / "hat" / "notes.txt").write_text("x")
-    (tmp_path / "t" / "d" / "hat" / "deep").mkdir()
-    noise(77).save(tmp_path / "t" / "d" / "hat" / "deep" / "e.png")
-    noise(78).save(tmp_path / "t" / "stray.png")
+    folder = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 3, "d/hat/deep": 1}) / "d"
+    for number, name in enumerate(("a.jfif", "b.jpe", "c.ppm", "d.BMP")):
+        noise(70 + number).save(folder / "cup" / name, "JPEG" if "j" in name else None)
+    (folder / "hat/notes.txt").write_text("x")
+    noise(78).save(tmp_path / "t/stray.png")
+    noise(79).save(folder / "beside.png")
     [task] = data.load_tasks(str(tmp_path / "t"), split=0.5)
     said = capsys.readouterr().err
     assert len(task.train) + len(task.test) == 9 and task.class_names == ["cup", "hat"]
     assert "skipped 1 file in" in said and "notes.txt" in said
     assert "skipped 1 image in folders below the class folder" in said
     assert "skipped 1 image beside the domains" in said and "stray.png" in said
+    assert "skipped 1 image beside the classes in" in said and "beside.png" in said
 
 
 def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, capsys):
-    make_tree(
-        tmp_path / "shapes",
-        {
-            f"{part}/{c}": n
-            for part, n in dict(train=5, val=3, test=4).items()
-            for c in ("cup", "hat")
-        },
-    )
-    for name in (str(tmp_path / "shapes"), f"shapes={tmp_path / 'shapes'}"):
+    """Whatever a Mac leaves in an archive."""
+    sizes = {f"{part}/{c}": n for part, n in dict(train=5, val=3, test=4).items()
+             for c in ("cup", "hat")}
+    root = make_tree(tmp_path / "shapes", {**sizes, "__MACOSX/train": 0})
+    (root / ".DS_Store").write_text("x")
+    for name in (str(root), f"shapes={root}"):
         [task] = data.load_tasks(name, shots=2)
         assert task.name == "shapes" and task.class_names == ["cup", "hat"]
         assert [len(x) for x in (task.train, task.val, task.test)] == [4, 4, 8]
         assert all("/test/" in str(path) for path in task.test.items)
     assert "is taken as one task, shapes, with its own split" in capsys.readouterr().err
-    make_tree(tmp_path / "shapes" / "test", {"dog": 1})
+    make_tree(root / "test", {"dog": 1})
     with pytest.raises(data.UserError, match="other classes .'dog' is in one of them only"):
-        data.load_tasks(str(tmp_path / "shapes"), shots=2)
-
-
-def test_train_and_val_alone_are_a_split_too(tmp_path):
-    make_tree(tmp_path / "t", {f"{part}/{c}": 3 for part in ("Training", "valid") for c in "ab"})
-    [task] = data.load_tasks(str(tmp_path / "t"))
-    assert len(task.train) == 6 and task.val is None
-    assert {path.parts[-3] for path in task.test.items} == {"valid"}
-
-
-@pytest.mark.parametrize("odd", ["extra", "testing"])
-def test_a_folder_beside_train_and_test_is_refused(tmp_path, odd):
-    """Taken as three tasks, one would be trained on another's test images."""
-    make_tree(tmp_path / "t", {f"{p}/{c}": 3 for p in ("train", "test", odd) for c in "ab"})
-    for name in (str(tmp_path / "t"), f"x={tmp_path / 't'}"):
-        with pytest.raises(data.UserError, match="the parts of a split, and beside them"):
-            data.load_tasks(name, shots=1)
-
-
-def test_what_a_mac_leaves_in_an_archive_is_no_domain(tmp_path):
-    make_tree(tmp_path / "t", {f"{part}/{c}": 3 for part in ("train", "test") for c in "ab"})
-    (tmp_path / "t" / "__MACOSX" / "train").mkdir(parents=True)
-    (tmp_path / "t" / ".DS_Store").write_text("x")
-    [task] = data.load_tasks(str(tmp_path / "t"), shots=1)
-    assert task.class_names == ["a", "b"] and len(task.test) == 6
+        data.load_tasks(str(root), shots=2)
 
 
 def a_link(root):
     os.symlink(root / "train" / "cup" / "000.png", root / "test" / "cup" / "link.png")
-
-
-def a_link_the_other_way(root):
-    os.symlink(root / "test" / "cup" / "000.png", root / "train" / "cup" / "link.png")
 
 
 def a_hard_link(root):
@@ -516,7 +416,7 @@ def a_linked_folder(root):
     os.symlink(root / "train" / "cup", root / "test" / "cup")
 
 
-@pytest.mark.parametrize("link", [a_link, a_link_the_other_way, a_hard_link, a_linked_folder])
+@pytest.mark.parametrize("link", [a_link, a_hard_link, a_linked_folder])
 def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
     """By a run, and before anything is trained by `check`."""
     root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
@@ -553,42 +453,18 @@ def test_another_tasks_training_images_among_the_test_images_are_told(tree, caps
     assert "test images are training images of another task" in said and said.count("\n") == 1
 
 
-def test_a_class_without_a_test_image_is_refused(tmp_path):
-    make_tree(tmp_path / "t", {"d/cup": 1, "d/hat": 9})
-    with pytest.raises(data.UserError, match="class 'cup' of d has 1 image, and one is needed"):
-        data.load_tasks(str(tmp_path / "t"), split=0.5)
-
-
 def test_two_classes_of_one_name_are_refused(tmp_path):
     make_tree(tmp_path / "t", {"d/red_ball": 2, "d/Red Ball": 2})
     with pytest.raises(data.UserError, match="both called 'red ball'"):
         data.load_tasks(str(tmp_path / "t"), split=0.5)
 
 
-@pytest.mark.parametrize(
-    "folder, name",
-    [
-        ("Alarm_Clock", "alarm clock"),
-        ("AnnualCrop", "annual crop"),
-        ("t-shirt", "t-shirt"),
-        ("TV", "tv"),
-        ("707-320", "707-320"),
-        ("iPhone", "iphone"),
-        ("Cafe\u0301", "caf\u00e9"),
-        ("caf\udce9", "caf\ufffd"),
-    ],
-)
+@pytest.mark.parametrize("folder, name", [
+    ("Alarm_Clock", "alarm clock"), ("AnnualCrop", "annual crop"), ("t-shirt", "t-shirt"),
+    ("TV", "tv"), ("707-320", "707-320"), ("iPhone", "iphone"), ("Cafe\u0301", "caf\u00e9"),
+    ("caf\udce9", "caf\ufffd")])
 def test_folders_are_called_as_people_call_them(folder, name):
     assert spoken(folder) == name
-
-
-def test_stray_images_beside_the_classes_of_a_task_are_counted(tmp_path, capsys):
-    make_tree(tmp_path / "t", {"cup": 3, "hat": 3})
-    for i in range(2):
-        noise(50 + i).save(tmp_path / "t" / f"stray{i}.jpg")
-    [task] = data.load_tasks(f"strays={tmp_path / 't'}", shots=1)
-    assert len(task.train) + len(task.test) == 6
-    assert "skipped 2 images beside the classes in" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_or_differ_in_normalisation_are_read(tmp_path):
@@ -613,21 +489,15 @@ def test_a_domain_has_one_name_and_one_split_whichever_system_unpacked_it(tmp_pa
     assert found[0] == found[1] and found[0][0] == "Z\u00fcrich"
 
 
-@pytest.mark.parametrize(
-    "given, absolute",
-    [
-        ("emoji", "emoji"),
-        ("emoji24:*Food+Noto Things", "emoji24:*Food+Noto Things"),
-        ("dtd, eurosat", "dtd,eurosat"),
-        ("t", "{here}/t"),
-        ("./t", "{here}/t"),
-        ("x=t/a,emoji", "x={here}/t/a,emoji"),
-        ("x=~/t/a, y=~/t/b", "x={home}/t/a,y={home}/t/b"),
-        ("~/t", "{home}/t"),
-        ("a,b", "{here}/a,b"),
-        ("nowhere", "nowhere"),
-    ],
-)
+@pytest.mark.parametrize("given, absolute", [
+    ("emoji24:*Food+Noto Things", "emoji24:*Food+Noto Things"),
+    ("dtd, eurosat", "dtd,eurosat"),
+    ("./t", "{here}/t"),
+    ("x=t/a,emoji", "x={here}/t/a,emoji"),
+    ("x=~/t/a, y=~/t/b", "x={home}/t/a,y={home}/t/b"),
+    ("a,b", "{here}/a,b"),
+    ("nowhere", "nowhere"),
+])
 def test_absolute_means_the_same_from_any_folder(tmp_path, monkeypatch, given, absolute):
     home, here = tmp_path / "home", tmp_path / "here"
     for folder in (home / "t/a", home / "t/b", here / "t/a", here / "a,b"):
@@ -640,44 +510,8 @@ def test_absolute_means_the_same_from_any_folder(tmp_path, monkeypatch, given, a
     assert data.absolute(found) == found
 
 
-def test_a_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_tree(tmp_path / "t", {f"{d}/{c}": 3 for d in "ab" for c in ("cup", "hat")})
-    assert [task.name for task in data.load_tasks("~/t", shots=1)] == ["a", "b"]
-    names = data.absolute("x=~/t/a,y=~/t/b")
-    assert names == f"x={tmp_path}/t/a,y={tmp_path}/t/b"
-    assert [task.name for task in data.load_tasks("x=~/t/a,y=~/t/b", shots=1)] == ["x", "y"]
-    monkeypatch.chdir(tmp_path)
-    assert (
-        data.absolute("t") == str(tmp_path / "t")
-        and data.absolute("emoji24:*Food") == "emoji24:*Food"
-    )
-
-
-def test_a_byte_order_mark_and_windows_paths_do_no_harm(tmp_path):
-    from data.benchmarks.coop import coop_split
-    from data.benchmarks.domains import read_list
-
-    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf" + rb"clipart\cup\1.jpg 0")
-    assert read_list(tmp_path / "l.txt", "root") == [("root/clipart/cup/1.jpg", 0, "cup")]
-    (tmp_path / "s.json").write_bytes(
-        b"\xef\xbb\xbf" + rb'{"train": [["cup\\1.jpg", 0, "cup"]], '
-        rb'"val": [], "test": []}'
-    )
-    assert coop_split(tmp_path / "s.json", "root")["train"] == [("root/cup/1.jpg", 0, "cup")]
-
-
-def test_a_line_that_stands_twice_in_a_split_counts_once_and_two_sides_are_refused(tmp_path):
-    from data.benchmarks.lists import split_listing
-
-    make_tree(tmp_path, {"cup": 4})
-    path = [f"{tmp_path}/cup/00{i}.png" for i in range(4)]
-    parts = dict(
-        train=[(path[0], 0, "cup"), (path[0], 0, "cup"), (path[1], 0, "cup")],
-        test=[(path[2], 0, "cup")],
-    )
-    listing = split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")
-    assert listing.items == [path[:2]] and "lists 1 image twice" in listing.notes[0]
-    parts["test"].append((path[1], 0, "cup"))
-    with pytest.raises(data.UserError, match="lists .*001.png twice, in train and test"):
-        split_listing("x", "{}", parts, {0: "cup"}, "split.json", "x")
+    for given, names in (("~/t", ["a", "b"]), ("x=~/t/a,y=~/t/b", ["x", "y"])):
+        assert [task.name for task in data.load_tasks(given, shots=1)] == names

@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import sys
@@ -340,6 +341,17 @@ def test_all_images_are_decoded_and_kept_while_there_is_room(tree):
     assert image.tobytes() == lists[0].pixels(0).permute(1, 2, 0).numpy().tobytes()
     image.putpixel((0, 0), (1, 2, 3))
     assert image.tobytes() != lists[0][0][0].tobytes()          # what is handed out is a copy
+
+
+def test_a_process_that_is_not_forked_reads_the_files_again(tree):
+    lists = [task.train for task in data.load_tasks(str(tree), split=0.8)]
+    data.keep_all(lists, 10**6, workers=0)
+    here = data.views(lists, 16, 1).dataset
+    sent, step = pickle.loads(pickle.dumps(here)), [(0, 1, 7), (1, 2, 3)]
+    assert np.array_equal(sent[step][0], here[step][0])
+    lists[0].items[1].write_bytes(b"gone")
+    assert "cannot be decoded" in sent[step]
+    assert len(here[step][0]) == 2
 
 
 def test_a_worker_that_dies_is_told_in_a_line(tree):

@@ -51,32 +51,26 @@ def test_no_test_style_nor_another_edition_of_one_was_pretrained_on():
     assert not [name for name in learned if re.match("noto|twemoji|fluent", name)]
 
 
-def test_zero_shot_is_far_above_chance_in_every_style(tiny):
-    tasks = common.load_tasks("emoji", shots=6)
-    classifiers = common.zero_shot_classifiers(tiny[0], tasks)
-    scores = common.evaluate(common.Args(workers=0), tiny[0], tasks, classifiers)
-    assert scores["zero_shot"] == scores["accuracy"] and min(scores["accuracy"]) > 41
-    assert sum(scores["zero_shot"]) / 4 > 51                                # chance is under 2
-
-
-def test_a_linear_probe_gains_so_there_is_something_to_learn(tiny):
-    """One linear classifier for all styles on the frozen features, started at the zero-shot one."""
-    model, gains = tiny[0], []
-    for seed in (1, 2, 3):
-        tasks = common.load_tasks("emoji", shots=6, seed=seed)
-        weight = common.zero_shot_classifiers(model, tasks)[0].clone().requires_grad_()
-        parts = [common.image_features(model, task.train, workers=0) for task in tasks]
-        x, y = torch.cat([x for x, _, _ in parts]), torch.cat([y for _, _, y in parts])
-        optimizer = torch.optim.Adam([weight], lr=5e-4)
-        for _ in range(30):
-            loss = F.cross_entropy(common.logits(model, x, weight), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        learned = [F.normalize(weight.detach(), dim=-1)] * 4
-        scores = common.evaluate(common.Args(workers=0), model, tasks, learned)
-        gains.append(sum(scores["accuracy"]) / 4 - sum(scores["zero_shot"]) / 4)
-    assert min(gains) > 2
+def test_zero_shot_is_far_above_chance_and_a_linear_probe_gains(tiny):
+    """So there is something to learn: by one linear classifier for all styles on the frozen
+    features, started at the zero-shot one. Chance is under 2."""
+    model, tasks = tiny[0], common.load_tasks("emoji", shots=3, seed=3)
+    for task in tasks:
+        task.test = task.test.subset(range(0, len(task.test), 4))
+    weight = common.zero_shot_classifiers(model, tasks)[0].clone().requires_grad_()
+    parts = [common.image_features(model, task.train, workers=0) for task in tasks]
+    x, y = torch.cat([x for x, _, _ in parts]), torch.cat([y for _, _, y in parts])
+    optimizer = torch.optim.Adam([weight], lr=5e-4)
+    for _ in range(30):
+        loss = F.cross_entropy(common.logits(model, x, weight), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned = [F.normalize(weight.detach(), dim=-1)] * 4
+    scores = common.evaluate(common.Args(workers=0), model, tasks, learned)
+    assert min(scores["zero_shot"]) > 41
+    assert sum(scores["zero_shot"]) / 4 > 51
+    assert sum(scores["accuracy"]) / 4 - sum(scores["zero_shot"]) / 4 > 2
 
 
 def test_pretraining_reads_short_texts_as_common_does(small):
@@ -84,12 +78,6 @@ def test_pretraining_reads_short_texts_as_common_does(small):
     found = pretrain.encode_text(small, pretrain.tokenize([f"{name}." for name in names], 20))
     assert found.shape == (2, 32)
     assert (found - common.encode_text(small, common.tokenize(names))).abs().max() < 1e-5
-
-
-
-
-
-
 
 
 @pytest.mark.slow

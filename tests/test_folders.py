@@ -19,12 +19,9 @@ def of_parts(root, *parts):
 @pytest.mark.parametrize("train, test, other", [
     ("training_set", "test_set", "photos"),
     ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),   # each unpacked into its own name
-    ("train", "dev", "drawn"),
-    ("train", "eval", "cups"),
     ("train", "validate", "test tube"),
     ("cifar_train", "cifar_test", "mnist_test"),
-    ("Train2017", "Val2017", "data"),
-    ("my-trainset", "my-testset", "train-station"),
+    ("Train2017", "Val2017", "train-station"),
 ])
 def test_parts_of_a_split_are_one_task_whatever_they_are_called(tmp_path, train, test, other):
     """As two tasks they would share a prompt, and so would three with another folder."""
@@ -45,6 +42,18 @@ def test_names_that_are_no_parts_of_one_split_are_domains(tmp_path, domains):
     assert {task.name for task in load_tasks(str(tmp_path / "t"), shots=1)} == {*domains}
 
 
+def test_a_split_does_not_depend_on_the_order_in_which_a_folder_is_listed(tmp_path, monkeypatch):
+    root, found = make_tree(tmp_path / "t", {"d/cup": 9, "d/hat": 9}), []
+    for backwards in (False, True):
+        def listed(path):
+            return iter(sorted(map(path.joinpath, os.listdir(path)), reverse=backwards))
+
+        monkeypatch.setattr("pathlib.Path.iterdir", listed)
+        [task] = load_tasks(str(root), shots=3)
+        found.append((task.train.items, task.test.items))
+    assert found[0] == found[1]
+
+
 def test_domains_with_splits_of_their_own_say_how_to_name_them(tmp_path):
     of_parts(tmp_path / "t", "art/train", "art/test", "photo/train", "photo/test")
     with pytest.raises(UserError, match="art has a split of its own .*: give --data ") as refused:
@@ -53,26 +62,21 @@ def test_domains_with_splits_of_their_own_say_how_to_name_them(tmp_path):
     assert [(t.name, len(t.train), len(t.test)) for t in tasks] == [("art", 2, 6), ("photo", 2, 6)]
 
 
-@pytest.mark.parametrize("name", ["average", "Average"])
-def test_a_task_cannot_be_called_as_the_last_row_of_a_table(tmp_path, name):
-    of_parts(tmp_path / "t", name, "b")
-    for given in (tmp_path / "t", f"{name}={tmp_path / 't' / 'b'}"):
+def test_a_task_cannot_be_called_as_the_last_row_of_a_table(tmp_path):
+    of_parts(tmp_path / "t", "average", "b")
+    for name, given in (("average", tmp_path / "t"), ("Average", f"Average={tmp_path}/t/b")):
         with pytest.raises(UserError, match=f"is called '{name}', and so is the last row"):
             load_tasks(str(given), shots=1)
 
 
 @pytest.mark.parametrize("folders, names", [
     ("0_to_9 10_to_19 20_to_29", "0 to 9,10 to 19,20 to 29"),
-    ("00_to_09 10_to_19", "00 to 09,10 to 19"),
-    ("5_euro 10_euro", "10 euro,5 euro"),
     ("10_euro 20_cent", "10 euro,20 cent"),                     # one width, and no zero in front
     ("1_euro 2_euro", "1 euro,2 euro"),                         # without the numbers both are one
     ("001.Black_footed_Albatross 017.Cardinal", "black footed albatross,cardinal"),
     ("001.Laysan_Albatross AnnualCrop", "001.laysan albatross,annual crop"),
     ("0_cat 1_dog 2_fox", "cat,dog,fox"),
-    ("1-cat 2-dog 3-fox", "cat,dog,fox"),
     ("2_cat 3_dog 4_fox", "2 cat,3 dog,4 fox"),
-    ("n02085620-Chihuahua n02085936-Maltese_dog", "chihuahua,maltese dog"),
     ("n02085620-Chihuahua 3d_printer n02", "3d printer,chihuahua,n02"),
     ("0 1 10", "0,1,10"),
 ])
@@ -86,13 +90,13 @@ def test_a_number_is_a_labels_where_all_classes_have_one_and_it_counts_or_is_pad
         assert own.endswith(re.sub("[^a-z]", "", task.class_names[label]))
 
 
-@pytest.mark.parametrize("place", ["run", "runs/mmap-1", "runs/a/b/mmap-1", "d/run", "d/cup/run"])
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("place, figures", [
+    ("run", 5), ("runs/a/b/mmap-1", 0), ("d/run", 0), ("d/cup/run", 5)])
 def test_the_folder_of_a_run_inside_the_data_is_neither_domain_nor_class(
-        tmp_path, capsys, place, finished):
+        tmp_path, capsys, place, figures):
     of_parts(tmp_path / "t", "d", "e")
     before = [(t.name, *t.train.items) for t in load_tasks(str(tmp_path / "t"), shots=1)]
-    run = make_tree(tmp_path / "t" / place, {".": 5 * finished})            # its figures
+    run = make_tree(tmp_path / "t" / place, {".": figures})
     (run / "settings.json").write_text('{"method": "mmap"}')
     after = load_tasks(str(tmp_path / "t"), shots=1)
     assert [(t.name, *t.train.items) for t in after] == before

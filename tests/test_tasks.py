@@ -211,10 +211,8 @@ def labelled(*sizes):
 @pytest.mark.parametrize("sizes, held", [
     ([5] * 10, {1: 10}),
     ([2] * 10, {1: 4, 0: 6}),
-    ([20] * 10, {4: 10}),
     ([1] * 10, {0: 10}),
     ([6] * 10, {1: 8, 2: 2}),
-    ([1, 1, 1, 7], {0: 3, 2: 1}),
     ([1] * 8 + [2, 10], {0: 8, 1: 1, 2: 1}),            # 3, not 4: no class gives more than a fifth
 ], ids=str)
 def test_a_held_out_part_is_a_fifth_spread_over_the_classes(sizes, held):

@@ -58,8 +58,7 @@ CLASSES = {7: "The_Eiffel_Tower", 20: "alarm_clock", 327: "t-shirt"}
 
 
 def domainnet(folder, domains, lists, train=8, test=3):
-    """`train` and `test` images of each class in each domain; infograph has two more to train
-    on."""
+    """`train` and `test` images of each class; infograph has two more to train on."""
     for domain in domains:
         for part, count in (("train", train + 2 * (domain == "infograph")), ("test", test)):
             lines = [f"{domain}/{name}/{domain}_{part}_{label}_{i}.jpg {label}"
@@ -146,45 +145,31 @@ def test_domainnet_that_is_not_whole_is_refused(tmp_path):
 
 # ------------------------------------------------------------ CoOp's $DATA
 
-# task, split_zhou_*.json, template
+# task, folder of the images, split_zhou_*.json, template
 COOP = table("""
-    oxford_pets     OxfordPets    OxfordPets           a photo of a {}, a type of pet
-    stanford_cars   StanfordCars  StanfordCars         a photo of a {}
-    oxford_flowers  Flowers102    OxfordFlowers        a photo of a {}, a type of flower
-    food101         Food101       Food101              a photo of {}, a type of food
-    dtd             DTD           DescribableTextures  {} texture
-    sun397          SUN397        SUN397               a photo of a {}
-    caltech101      Caltech101    Caltech101           a photo of a {}
-    ucf101          UCF101        UCF101               a photo of a person doing {}
-    eurosat         EuroSAT       EuroSAT              a centered satellite photo of {}
+    oxford_pets     OxfordPets  oxford_pets/images  OxfordPets  a photo of a {}, a type of pet
+    stanford_cars   StanfordCars  stanford_cars  StanfordCars  a photo of a {}
+    oxford_flowers  Flowers102  oxford_flowers/jpg  OxfordFlowers  a photo of a {}, a type of flower
+    food101         Food101  food-101/images  Food101  a photo of {}, a type of food
+    dtd             DTD  dtd/images  DescribableTextures  {} texture
+    sun397          SUN397  sun397/SUN397  SUN397  a photo of a {}
+    caltech101      Caltech101  caltech-101/101_ObjectCategories  Caltech101  a photo of a {}
+    ucf101          UCF101  ucf101/UCF-101-midframes  UCF101  a photo of a person doing {}
+    eurosat         EuroSAT  eurosat/2750  EuroSAT  a centered satellite photo of {}
     """)
-# folder of the images, image i of class k (called c), the first two classes
-FILES = table("""
-    oxford_pets     oxford_pets/images        {c}_{i}.jpg                abyssinian,bengal_cat
-    stanford_cars   stanford_cars             cars_train/{k}{i:04d}.jpg  2000 AM General,2012 Acura
-    oxford_flowers  oxford_flowers/jpg        image_{k}{i:04d}.jpg       primrose,hard-leaved orchid
-    food101         food-101/images           {c}/{i}.jpg                apple_pie,baby_back_ribs
-    dtd             dtd/images                {c}/{c}_{i:04d}.jpg        banded,blotchy
-    sun397          sun397/SUN397             a/{c}/sun_{i}.jpg          abbey,airplane_cabin
-    caltech101      caltech-101/101_ObjectCategories  {c}/image_{i:04d}.jpg   face,ceiling_fan
-    ucf101          ucf101/UCF-101-midframes  {c}/v_{c}_g{i:02d}_c01.jpg  Apply_Eye_Makeup,Archery
-    eurosat         eurosat/2750              {c}/{c}_{i}.jpg            Annual Crop Land,Forest
-    """)
+TWO = ["red_ball", "Alarm Clock"]
 SIZES = dict(train=6, val=2, test=3)
 
 
 def coop(root, name):
-    """One of the nine datasets that have a split_zhou_*.json; returns that file."""
-    folder, pattern, classes = FILES[name]
-    content, number = {part: [] for part in SIZES}, 0
+    """One of the nine datasets that have a split_zhou_*.json, of two classes; returns that file."""
+    _, folder, split, _ = COOP[name]
+    content = {part: [] for part in SIZES}
     for part, count in SIZES.items():
-        for k, c in enumerate(classes.split(",")):
-            for _ in range(count):
-                number += 1
-                path = pattern.format(c=c, k=k, i=number)
-                put(root / folder / path)
-                content[part].append([path, k, c])
-    path = root / folder.split("/")[0] / f"split_zhou_{COOP[name][1]}.json"
+        for k, c in enumerate(TWO * count):
+            content[part].append([f"{c}/{part}{k}.jpg", k % 2, c])
+            put(root / folder / content[part][-1][0])
+    path = root / folder.split("/")[0] / f"split_zhou_{split}.json"
     put(path, json.dumps(content))
     return path
 
@@ -213,16 +198,13 @@ def imagenet(folder):
 @pytest.mark.parametrize("name", COOP)
 def test_a_dataset_of_coops_has_its_split_its_names_and_its_template(tmp_path, name):
     content = json.loads(coop(tmp_path, name).read_text())
-    folder, _, classes = FILES[name]
+    title, folder, _, template = COOP[name]
     [task] = same_at_a_seed(name, tmp_path, shots=2)
-    assert [task.name, task.template] == COOP[name][::2]
-    assert task.metric == "accuracy"
-    assert task.class_names == classes.replace("_", " ").split(",")
+    assert (task.name, task.template, task.metric) == (title, template, "accuracy")
+    assert task.class_names == ["red ball", "Alarm Clock"]
     assert counts(task.train) == counts(task.val) == [2, 2]
     for part, images in (("val", task.val), ("test", task.test)):
         assert items(images) == {(f"{tmp_path / folder}/{x}", k) for x, k, _ in content[part]}
-    image, _ = task.test[0]
-    assert image.size == (8, 8)
     [whole] = load_tasks(name, root=tmp_path)
     assert counts(whole.train) == [6, 6]
 
@@ -285,14 +267,14 @@ def test_coop10_and_coop11_are_all_of_them_and_a_list_joins_any(tmp_path):
 
 def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
     split = coop(tmp_path, "dtd")
-    edit(split, lambda s: s["test"].append(["gone.jpg", 0, "banded"]))
+    edit(split, lambda s: s["test"].append(["gone.jpg", 0, "red ball"]))
     refused("dtd", tmp_path, split, "1 of 23 images", tmp_path / "dtd/images/gone.jpg", "unpack")
     edit(split, lambda s: s["test"].clear())
     refused("dtd", tmp_path, split, "no test image")
     edit(split, lambda s: s["train"].append(["gone.jpg", 0, "dotted"]))
-    refused("dtd", tmp_path, split, "label 0", "'banded'", "'dotted'")
+    refused("dtd", tmp_path, split, "label 0", "'red ball'", "'dotted'")
     edit(split, lambda s: s.update(train=[x for x in s["train"] if x[1]]))
-    refused("dtd", tmp_path, split, "class 'banded'", "no training image")
+    refused("dtd", tmp_path, split, "class 'red ball'", "no training image")
     for content in ("{", '{"train": [1], "val": [], "test": []}'):
         split.write_text(content)
         refused("dtd", tmp_path, split, "not a split of CoOp's")
@@ -305,16 +287,16 @@ def test_lines_that_stand_twice_in_a_split_of_coops(tmp_path, capsys):
     assert len(set(task.train.items)) == len(task.train) == 12
     says(capsys.readouterr().err, split, "lists 2 images twice: counted once")
     edit(split, lambda s: s["test"].append(s["train"][0]))
-    refused("dtd", tmp_path, split, "banded_0001.jpg twice, in train and test")
+    refused("dtd", tmp_path, split, "red_ball/train0.jpg twice, in train and test")
     edit(split, lambda s: s["test"].pop())
-    edit(split, lambda s: s["train"].append([s["train"][0][0], 1, "blotchy"]))
-    refused("dtd", tmp_path, split, "banded_0001.jpg twice", "with two labels")
+    edit(split, lambda s: s["train"].append([s["train"][0][0], 1, "Alarm Clock"]))
+    refused("dtd", tmp_path, split, "red_ball/train0.jpg twice", "with two labels")
 
 
 def test_a_link_in_another_part_of_a_split_is_refused(tmp_path):
     split, folder = coop(tmp_path, "dtd"), tmp_path / "dtd/images"
     (folder / "link.jpg").symlink_to(folder / json.loads(split.read_text())["train"][0][0])
-    edit(split, lambda s: s["val"].append(["link.jpg", 0, "banded"]))
+    edit(split, lambda s: s["val"].append(["link.jpg", 0, "red ball"]))
     refused("dtd", tmp_path, "link.jpg", "both a training and a validation image", split=1.0)
 
 
@@ -334,7 +316,7 @@ def test_lists_from_windows_are_read(tmp_path):
     for path in [*tmp_path.rglob("*.txt"), *tmp_path.rglob("*.json")]:
         dos(path)
     tasks = load_tasks("dtd,imagenet,minidomainnet,fgvc_aircraft", shots=1, root=tmp_path)
-    lasts = ["blotchy", "white shark", *["t-shirt"] * 4, "F-16A/B"]
+    lasts = ["Alarm Clock", "white shark", *["t-shirt"] * 4, "F-16A/B"]
     assert [task.class_names[-1] for task in tasks] == lasts
     for task in tasks:
         image, _ = task.test[0]
@@ -471,7 +453,7 @@ def test_a_dataset_in_torchvisions_layout_has_its_official_split_and_clips_names
     [pool] = find_listings(name, root)
     half = sizes["train"] // 2
     assert task.class_names == names
-    assert [task.name, task.template] == COOP[name][::2]
+    assert [task.name, task.template] == COOP[name][::3]
     for paths in pool.items:
         assert len(set(paths)) == sizes["train"] // len(names)
     assert len(task.train) == half

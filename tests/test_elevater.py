@@ -199,11 +199,9 @@ def checked(title, root, parts):
 def test_a_dataset_in_the_toolkits_layout_has_its_names_images_and_labels(twenty, title):
     root, parts = twenty
     checked(title, root, parts[title])
-    drawn = []
-    for seed in (1, 1, 2):
-        [task] = load_tasks(CALLED[title], shots=2, seed=seed, root=root)
-        drawn.append(task.train.items)
-    assert drawn[0] == drawn[1] != drawn[2]
+    first, again, other = (load_tasks(CALLED[title], shots=2, seed=seed, root=root)[0].train.items
+                           for seed in (1, 1, 2))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("title, into", [

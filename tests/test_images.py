@@ -78,25 +78,6 @@ def test_transparency_is_put_on_white_in_every_mode(tmp_path):
     assert np.asarray(data.read_image(tmp_path / "a.gif")).min() == 255
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    image = Image.new("RGB", (40, 20), "black")
-    image.paste("white", (0, 0, 20, 20))  # the left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    found = read(tmp_path, image, "x.jpg", exif=exif)
-    assert found.shape == (40, 20, 3)
-    assert found[:15].min() > 200
-    assert found[25:].max() < 50
-
-
-def test_animations_palettes_and_cmyk_are_converted(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(data.read_image(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
-    assert read(tmp_path, Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "c.jpg").min() > 250
-    assert read(tmp_path, Image.new("1", (2, 2), 1), "one.png").min() == 255
-
-
 def jpeg(image, **how):
     file = io.BytesIO()
     image.save(file, "JPEG", **how)
@@ -107,6 +88,17 @@ def turned(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))                        # the left half
+    found = read(tmp_path, image, "x.jpg", exif=turned(6))      # to be turned clockwise
+    assert found.shape == (40, 20, 3)
+    assert found[:15].min() > 200
+    assert found[25:].max() < 50
+    found = read(tmp_path, image, exif=b"Exif\0\0garbage")
+    assert found.shape == (20, 40, 3)
 
 
 def files():
@@ -168,11 +160,6 @@ def test_without_torchvisions_decoder_pillow_reads_the_jpeg(tmp_path, monkeypatc
     found = np.asarray(data.read_image(tmp_path / "x.jpg"))
     monkeypatch.delattr(torchvision.io, "decode_jpeg")
     assert np.abs(np.asarray(data.read_image(tmp_path / "x.jpg")).astype(int) - found).max() <= 1
-
-
-def test_an_image_with_damaged_exif_data_is_read_as_it_is(tmp_path):
-    found = read(tmp_path, Image.new("RGB", (6, 3), "white"), exif=b"Exif\0\0garbage")
-    assert found.shape == (3, 6, 3) and found.min() == 255
 
 
 def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
@@ -305,18 +292,16 @@ def test_worker_processes_start_once_and_an_epoch_draws_nothing(tree):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("default", ["fork", "forkserver"])
-def test_workers_are_forked_on_linux_unless_the_program_has_set_another_way(monkeypatch, default):
+@pytest.mark.parametrize("system, default, chosen, wanted", [
+    ("linux", "fork", None, "fork"), ("linux", "forkserver", None, "fork"),
+    ("linux", "forkserver", "spawn", "spawn"), ("darwin", "spawn", None, "spawn")])
+def test_workers_are_forked_on_linux_unless_the_program_has_set_another_way(
+        monkeypatch, system, default, chosen, wanted):
     """Python 3.14 does not fork by itself, and other processes have no images in memory."""
-    chosen = [None]
-    methods = sorted(["fork", "spawn", "forkserver"], key=lambda name: name != default)
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen[0])
-    for system, given, wanted in [("linux", None, "fork"), ("linux", default, "fork"),
-                                  ("linux", "spawn", "spawn"), ("darwin", None, default)]:
-        monkeypatch.setattr(sys, "platform", system)
-        chosen[0] = given
-        assert data.images.start_method() == wanted
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [default])
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
+    monkeypatch.setattr(sys, "platform", system)
+    assert data.images.start_method() == wanted
 
 
 def test_an_epoch_that_another_one_overtakes_is_an_error(tree):

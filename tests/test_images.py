@@ -162,6 +162,14 @@ def test_without_torchvisions_decoder_pillow_reads_the_jpeg(tmp_path, monkeypatc
     assert np.abs(np.asarray(data.read_image(tmp_path / "x.jpg")).astype(int) - found).max() <= 1
 
 
+def test_a_drawing_is_at_its_number_in_a_sheet_of_forty_in_a_row(tmp_path):
+    sheet = Image.new("RGB", (40 * 64, 2 * 64))
+    sheet.paste("red", (64, 64, 128, 128))
+    sheet.save(tmp_path / "sheet.png")
+    drawing = data.images.read_tile((str(tmp_path / "sheet.png"), 41))
+    assert drawing.getcolors() == [(64 * 64, (255, 0, 0))]
+
+
 def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
     """Pillow raises NotImplementedError, RuntimeError and others for damaged files."""
     Image.new("RGB", (8, 8)).save(tmp_path / "x.dds")

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import resource
-import shutil
 import sys
 
 import numpy as np
@@ -17,7 +16,6 @@ from conftest import make_tree, noise, rendered, says, table
 from PIL import Image, ImageOps
 
 import data
-from data import check
 from data.benchmarks.lists import spoken
 
 
@@ -420,46 +418,6 @@ def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, cap
     make_tree(root / "test", {"dog": 1})
     with pytest.raises(data.UserError, match="other classes .'dog' is in one of them only"):
         data.load_tasks(str(root), shots=2)
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link, "of the folder"])
-def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
-    """By a run, and before anything is trained by `check`."""
-    root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
-    assert not [line for line in check.report(str(root))[2] if "once more" in line]
-    if link == "of the folder":
-        shutil.rmtree(root / "test/cup")
-        os.symlink(root / "train/cup", root / "test/cup")
-    else:
-        link(root / "train/cup/000.png", root / "test/cup/link.png")
-    with pytest.raises(data.UserError, match="both a training and a test image: take it out"):
-        data.load_tasks(str(root), split=1.0)
-    assert [line for line in check.report(str(root))[2] if "once more" in line]
-
-
-def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
-    """Whichever seed puts the two on two sides."""
-    root, refused = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 2}), 0
-    for i in range(2):
-        os.symlink(root / f"d/cup/00{i}.png", root / f"d/cup/link{i}.png")
-    for seed in range(8):
-        try:
-            [task] = data.load_tasks(str(root), split=0.5, seed=seed)
-            train, test = ({os.path.realpath(p) for p in x.items} for x in (task.train, task.test))
-            assert not train & test
-        except data.UserError:
-            refused += 1
-    assert refused > 0
-
-
-def test_another_tasks_training_images_among_the_test_images_are_told(tree, capsys):
-    """Two names for one tree draw their splits apart. The same seed and name would not."""
-    data.load_tasks(f"one={tree / 'drawn'},two={tree / 'painted'}", split=0.4)
-    assert not capsys.readouterr().err
-    data.load_tasks(f"one={tree / 'drawn'},two={tree / 'drawn'}", split=0.4)
-    said = capsys.readouterr().err
-    assert "test images are training images of another task" in said
-    assert said.count("\n") == 1
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_tree
 
-from data import Images, UserError, load_tasks, seen
+from data import Images, UserError, check, load_tasks, seen
 from data.benchmarks import emoji
 
 
@@ -122,3 +122,43 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for item in (tmp_path / "gone.png", (str(tmp_path / "x.zip"), "1.png")):
         with pytest.raises(UserError, match="(gone.png|x.zip@1.png) cannot be read .*: replace"):
             seen.digest(item)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link, "of the folder"])
+def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
+    """By a run, and before anything is trained by `check`."""
+    root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
+    assert not [line for line in check.report(str(root))[2] if "once more" in line]
+    if link == "of the folder":
+        shutil.rmtree(root / "test/cup")
+        os.symlink(root / "train/cup", root / "test/cup")
+    else:
+        link(root / "train/cup/000.png", root / "test/cup/link.png")
+    with pytest.raises(UserError, match="both a training and a test image: take it out"):
+        load_tasks(str(root), split=1.0)
+    assert [line for line in check.report(str(root))[2] if "once more" in line]
+
+
+def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
+    """Whichever seed puts the two on two sides."""
+    root, refused = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 2}), 0
+    for i in range(2):
+        os.symlink(root / f"d/cup/00{i}.png", root / f"d/cup/link{i}.png")
+    for seed in range(8):
+        try:
+            [task] = load_tasks(str(root), split=0.5, seed=seed)
+            train, test = ({os.path.realpath(p) for p in x.items} for x in (task.train, task.test))
+            assert not train & test
+        except UserError:
+            refused += 1
+    assert refused > 0
+
+
+def test_another_tasks_training_images_among_the_test_images_are_told(tree, capsys):
+    """Two names for one tree draw their splits apart. The same seed and name would not."""
+    load_tasks(f"one={tree / 'drawn'},two={tree / 'painted'}", split=0.4)
+    assert not capsys.readouterr().err
+    load_tasks(f"one={tree / 'drawn'},two={tree / 'drawn'}", split=0.4)
+    said = capsys.readouterr().err
+    assert "test images are training images of another task" in said
+    assert said.count("\n") == 1

@@ -626,14 +626,13 @@ def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch
 
 # --------------------------------------------------------------------------------------- methods
 
-TINY = "--clip tiny --shots 2 --workers 0"
-
-
-def test_mvlpt_from_a_source_task_to_three_targets_in_groups_of_two(twenty, tmp_path, here):
+def test_mvlpt_from_a_source_task_to_three_targets_in_groups_of_two(twenty, tmp_path, here,
+                                                                    random_pt):
     out, names = tmp_path / "run", ["VOC2007", "HatefulMemes", "KITTI"]
     data = ",".join(CALLED[name] for name in names)
-    code, told, err = here(f"mvlpt.py --data {data} --group-size 2 --root {twenty[0]} {TINY} "
-                           f"--source eurosat_clip_20210930 --epochs 1 --out {out}")
+    code, told, err = here(f"mvlpt.py --data {data} --group-size 2 --root {twenty[0]} --shots 2 "
+                           f"--clip {random_pt} --source eurosat_clip_20210930 --epochs 1 "
+                           f"--workers 0 --out {out}")
     assert code == 0, err
     result = numbers(out)
     assert result["tasks"] == names
@@ -649,15 +648,11 @@ def test_mvlpt_from_a_source_task_to_three_targets_in_groups_of_two(twenty, tmp_
     assert first == second != []
 
 
-@pytest.mark.parametrize("method", ["coop_mt", "jscpt"])
-def test_a_method_trains_on_tasks_with_one_and_with_several_labels(twenty, tmp_path, here, method):
-    code, _, err = here(f"{method}.py --data voc-2007-classification,hateful-memes {TINY} "
-                        f"--root {twenty[0]} --epochs 1 --out {tmp_path}/run")
+@pytest.mark.parametrize("script", ["coop_mt.py --epochs 1", "jscpt.py --epochs 1",
+                                    "common.py probe"])
+def test_methods_train_on_tasks_with_one_and_with_several_labels(twenty, tmp_path, here, random_pt,
+                                                                 script):
+    code, _, err = here(f"{script} --data voc-2007-classification,hateful-memes --shots 2 "
+                        f"--root {twenty[0]} --clip {random_pt} --workers 0 --out {tmp_path}/run")
     assert code == 0, err
     assert numbers(tmp_path / "run")["metrics"]["VOC2007"] == VOC
-
-
-def test_the_probe_takes_an_image_once_for_each_of_its_classes(twenty, here):
-    line = f"common.py probe --data voc-2007-classification --root {twenty[0]} {TINY}"
-    code, out, err = here(line)
-    assert code == 0 and "VOC2007" in out, err

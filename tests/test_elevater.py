@@ -408,7 +408,7 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
     train.unlink()
     refused("MNIST", tmp_path, "train.txt, line 1,", train, "which is not there")
     train.write_bytes(whole[:-200])
-    refused("MNIST", tmp_path, "train.txt, line 1,", train, "no whole zip file")
+    refused("MNIST", tmp_path, "train.txt, line 1,", train, "not a whole zip file")
     write_zip(train, {"../evil.png": picture(0)})
     refused("MNIST", tmp_path, train, "'../evil.png'", "leads out")
     train.write_bytes(whole)
@@ -425,8 +425,8 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
     (lambda c: c["annotations"][0].update(category_id=9), "annotation of image 1, has the label 9"),
     (lambda c: c["annotations"].append(dict(image_id=1, category_id=2)), "image 1, has 2 labels"),
     (lambda c: c["annotations"][0].update(image_id=77), "has an annotation of image 77"),
-    (lambda c: c["images"][0].update(id=2), "train_meta.json is no index in COCO's format"),
-    (lambda c: c.pop("categories"), "train_meta.json is no index in COCO's format"),
+    (lambda c: c["images"][0].update(id=2), "train_meta.json is not an index in COCO's format"),
+    (lambda c: c.pop("categories"), "train_meta.json is not an index in COCO's format"),
 ])
 def test_damage_of_a_coco_index_is_named(tmp_path, change, words):
     folder, _ = toolkit(tmp_path, "HatefulMemes")

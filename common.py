@@ -1276,9 +1276,10 @@ def usable(path, remedy="start another run in another --out"):
                         f"{remedy}") from error
 
 
-def load_saved(path, *keys):
-    """A dict with some keys from `torch.save`, read without running any code in it."""
-    with usable(path):
+def load_saved(path, *keys, **remedy):
+    """A dict with some keys from `torch.save`, read without running any code in it; remedy: as for
+    `usable`."""
+    with usable(path, **remedy):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(saved, dict) and set(keys) <= saved.keys(), "it holds something else"
     return saved
@@ -1295,14 +1296,17 @@ def load_json(path, *keys):
     return saved
 
 
-def load_prompts(path, name=None):
+def load_prompts(path, name=None, remedy="give the prompts.pt that a run wrote"):
     """A run's prompts.pt: its method, settings, tasks, templates, contents, trained_on, prompts.
 
     Raises UserError where it is damaged, or of another method than `name`.
     """
     path = datasets.expand(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a run's prompts.pt, such as "
+                        f"{path / 'prompts.pt'}")
     saved = load_saved(path, "method", "settings", "tasks", "templates", "crops", "contents",
-                       "trained_on", "prompts")
+                       "trained_on", "prompts", remedy=remedy)
     if name not in (None, saved["method"]):
         with usable(path):
             raise UserError(f"{path} holds prompts of {saved['method']}, not of {name}: use "
@@ -1363,7 +1367,7 @@ class Run:
             if not ended and last["seed"] not in self.finished["scores"]:
                 self.running = last             # else its rows and its end are in finished.pt
         if prompts.exists():
-            saved = load_prompts(prompts)
+            saved = load_prompts(prompts, remedy="start another run in another --out")
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
     def open(self, tasks, sources):
@@ -1716,8 +1720,8 @@ def divided_tasks(args, data, seed):
     for task in tasks if args.validate else []:
         task.train, task.test = hold_out(task.train, seed)
         if not len(task.test):
-            raise UserError(f"--validate finds no image of {task.name} to hold out: a class keeps "
-                            "its last one, so train on more")
+            raise UserError(f"--validate finds no image of {task.name} to hold out, because a "
+                            "class keeps its last one: train on 2 or more per class")
     return tasks
 
 
@@ -2192,7 +2196,9 @@ def train_probe(args, model, tasks, run):
         return x.numpy(), labels.numpy()
 
     def fit(x, y, C):
-        return LogisticRegression(C=C, max_iter=1000).fit(x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of few images per class
+            return LogisticRegression(C=C, max_iter=1000).fit(x, y)
 
     def cross_entropy(regression, x, labels):
         scores = np.full((len(x), 1 + max(labels.max(), regression.classes_.max())), -50.0)
@@ -2455,10 +2461,12 @@ def table(argv):
     runs = read_runs(args.folders)
     known, baseline = ["zero-shot", *dict.fromkeys(runs.label)], args.baseline
     if baseline and baseline not in known:                      # coop_mt is CoOp-MT, too
-        baseline = next((x for x in known if letters(x) == letters(baseline)), None)
-    if args.baseline and not baseline:
-        raise UserError(f"--baseline '{args.baseline}' is not a column: give one of "
-                        f"{', '.join(known)}")
+        alike = ([x for x in known if letters(x) == letters(baseline)]
+                 or [x for x in known if letters(x).startswith(letters(baseline))])
+        if len(alike) != 1:
+            raise UserError(f"--baseline '{baseline}' is not a column: give one of "
+                            f"{', '.join(map(repr, known))}")
+        baseline = alike[0]
     tables = {title: layout(part, baseline) for title, part in runs.groupby("title")}
     rows = runs.drop(columns="folder").to_csv(index=False)
     if out:
@@ -2762,6 +2770,8 @@ def show(argv):
         print(f"\n{aligned(rows)}\n\nseeds {' '.join(map(str, saved['prompts']))}")
         if result:
             print(f"{measured(result)} in %; {result['trainable_parameters']:,} parameters")
+        else:
+            print(f"not finished, or scores are elsewhere (no result.json in {path.parent})")
         for key in [key for key in ("groups", "nodes") if result and key in result]:
             for seed, groups in zip(result["seeds"], result[key]):
                 named = ["[" + ", ".join(group) + "]" for group in groups]

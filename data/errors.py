@@ -1,6 +1,7 @@
 """Errors of a user's making, and warnings, as one line that names the culprit and the remedy."""
 import difflib
 import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,8 @@ def nearest(word, known):
 def brief(error):
     """An exception in one short line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:120]
+    text = " ".join(re.sub("<[^>]*>", "", text).split())        # without an object's address
+    return text if len(text) <= 120 else f"{text[:120].rpartition(' ')[0]} ..."
 
 
 def expand(path):

@@ -380,10 +380,15 @@ def test_every_figure_of_a_run_of_one_epoch_shows_something(name, drawn, place, 
                 assert image.get_array().mask.tolist() == [[True, False], [False, True]]
     bars = [text.get_text() for text in figures["accuracy"].axes[0].get_legend().get_texts()]
     assert bars == ["zero-shot CLIP", METHODS[name].title]
+    result = json.loads((tmp_path / "run/result.json").read_text())
     if name == "hipro":
-        affinity = json.loads((tmp_path / "run/result.json").read_text())["affinity"][0][0][1]
         texts = [text.get_text() for text in figures["tree-1"].axes[0].texts]
-        assert texts == [f"{affinity:.3g}", "root: all 2 tasks"]
+        assert texts == [f"{result['affinity'][0][0][1]:.3g}", "root: all 2 tasks"]
+    if name == "jscpt":                             # the number of row i, column j is at x = j, y = i
+        texts = {text.get_position(): text.get_text() for text in figures["affinity-1"].axes[0].texts}
+        assert texts == {(j, i): f"{x:.3g}" for i, row in enumerate(result["affinity"][0])
+                         for j, x in enumerate(row)}
+        assert texts[0, 1] != texts[1, 0]
 
 
 # -------------------------------------------------------------------------------------- predictions

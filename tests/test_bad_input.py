@@ -254,7 +254,7 @@ RUNS = [
       for out in ("notes.txt", "notes.txt/run", "notes.txt/deeper/run")],
     ("common", "zero-shot --out notes.txt/run", "notes.txt is a file or read-only"),
     ("coop_mt", "--eval no.pt", "no.pt ... No such file ... give the prompts.pt"),
-    ("coop_mt", "--eval run", "run is a folder: give a run's prompts.pt, such as ... run/prompts.pt"),
+    ("coop_mt", "--eval run", "run is a folder: give a run's prompts.pt, such as"),
     ("coop_mt", "--eval stopped/checkpoint.pt", "checkpoint.pt cannot be used"),
     ("coop_mt", "--eval run/prompts.pt --clip ViT-B/16", "not with --clip ViT-B/16: leave the"),
     ("coop_mt", "--eval run/prompts.pt --clip tiny", "random.pt, not with --clip tiny: leave the"),
@@ -281,7 +281,7 @@ RUNS = [
     ("common", "table empty", "no finished run on test images in empty"),
     ("common", "table stopped", "no finished run on test images in stopped"),
     ("common", "table run --plot", "--plot needs --out"),
-    ("common", "table run --baseline mmap", "'mmap' is not a column: give one of 'zero-shot', 'CoOp"),
+    ("common", "table run --baseline mmap", "'mmap' is not a column: give one of 'zero-shot', 'C"),
     ("common", "table run --out notes.txt", "notes.txt is a file or read-only"),
 ]
 MVLPT = [("mvlpt", f"{SMALL} --prompt coop {words}", says) for words, says in (

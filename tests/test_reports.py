@@ -384,8 +384,9 @@ def test_every_figure_of_a_run_of_one_epoch_shows_something(name, drawn, place, 
     if name == "hipro":
         texts = [text.get_text() for text in figures["tree-1"].axes[0].texts]
         assert texts == [f"{result['affinity'][0][0][1]:.3g}", "root: all 2 tasks"]
-    if name == "jscpt":                             # the number of row i, column j is at x = j, y = i
-        texts = {text.get_position(): text.get_text() for text in figures["affinity-1"].axes[0].texts}
+    if name == "jscpt":                     # the number of row i, column j is at x = j, y = i
+        texts = figures["affinity-1"].axes[0].texts
+        texts = {text.get_position(): text.get_text() for text in texts}
         assert texts == {(j, i): f"{x:.3g}" for i, row in enumerate(result["affinity"][0])
                          for j, x in enumerate(row)}
         assert texts[0, 1] != texts[1, 0]

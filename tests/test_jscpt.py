@@ -45,10 +45,10 @@ def batch_of(model, tasks, seed):
 
 
 def world(small, n):
-    """(model, n tasks, prompts away from their start, a batch) in float64; 3, 4, .. classes."""
-    tasks = small_tasks(*"abcd"[:n])
+    """(model, n tasks, prompts away from their start, a batch) in float64; 3 to 6 classes."""
+    tasks = small_tasks(*"abcdefghij"[:n])
     for t, task in enumerate(tasks):
-        task.class_names = [f"{'very ' * t}long name {k}" for k in range(3 + t)]
+        task.class_names = [f"{'very ' * t}long name {k}" for k in range(3 + t % 4)]
     common.seed_everything(1)
     prompts = jscpt.build(settings(), small, tasks)
     for parameter in (prompts.m, prompts.W_2, prompts.b_1, prompts.b_2):

@@ -2459,7 +2459,7 @@ def table(argv):
     if out:
         check_writable(out)
     runs = read_runs(args.folders)
-    known, baseline = ["zero-shot", *dict.fromkeys(runs.label)], args.baseline
+    known, baseline = list(dict.fromkeys(["zero-shot", *runs.label])), args.baseline
     if baseline and baseline not in known:                      # coop_mt is CoOp-MT, too
         alike = ([x for x in known if letters(x) == letters(baseline)]
                  or [x for x in known if letters(x).startswith(letters(baseline))])
@@ -2581,7 +2581,8 @@ def rows_of(result):
 
 
 def label_of(settings):
-    """The name of a run's column: its method, and the settings that are not this one's defaults."""
+    """The name of a run's column: its method, and the settings that are not this one's defaults;
+    zero-shot CLIP's is in every table."""
     method = method_of_result(settings["method"])
     names = {field.name for field in fields(method.Args)} & settings.keys()
     args = method.Args(**{name: settings[name] for name in names})
@@ -2590,7 +2591,8 @@ def label_of(settings):
     for key in [key for key in COLUMN[2:] if key in names]:
         if getattr(args, key) != getattr(usual, key):
             words.append(said(key, getattr(args, key)))
-    return ", ".join([method.title, *words]).replace("with --", "--")
+    label = ", ".join([method.title, *words]).replace("with --", "--")
+    return "zero-shot" if label == ZERO_SHOT.title else label
 
 
 def layout(part, baseline=None):
@@ -2602,7 +2604,7 @@ def layout(part, baseline=None):
     import pandas
     zero_shot = part.drop_duplicates(["task", "seed"])
     zero_shot = zero_shot.assign(label="zero-shot", accuracy=zero_shot.zero_shot, parameters=0)
-    every = pandas.concat([zero_shot, part])
+    every = pandas.concat([zero_shot, part[part.label != "zero-shot"]])
     scores = every.groupby(["task", "label"], sort=False).accuracy.apply(list).unstack()
     tasks = [task for task in dict.fromkeys(every.task) if task != "average"]
     cells = scores.loc[[*tasks, "average"], list(dict.fromkeys(every.label))]
@@ -2655,6 +2657,9 @@ def plot_parameters(out, runs):
                      label="zero-shot CLIP")
         axis.set(xscale="log", xlabel="trainable parameters", ylabel="average accuracy (%)",
                  title=title)
+        counts = sorted(part.parameters.unique())
+        axis.set_xticks(counts, [f"{n:,}" for n in counts], rotation=60)
+        axis.minorticks_off()
         legend_beside(axis)
     save_figure(figure, out / "parameters.png")
     return ["parameters.png"]
@@ -2662,7 +2667,7 @@ def plot_parameters(out, runs):
 
 def plot_shots(out, runs):
     """shots.png: accuracy against shots, a panel per task (MmAP, Figure 4; HiPro, Figure 6)."""
-    runs = runs[runs.shots.notna()]
+    runs = runs[runs.shots.notna() & (runs.label != "zero-shot")]
     groups = [part for _, part in runs.groupby(["data", "clip"]) if part.shots.nunique() > 1]
     if not groups:
         return []
@@ -2755,7 +2760,10 @@ class ShowArgs:
 
 
 def show(argv):
-    """`python common.py show CKPT`: scores and groups are those of a result.json beside it."""
+    """`python common.py show CKPT`: what a run's prompts are, and their scores.
+
+    Scores and groups are those of the result.json beside them.
+    """
     path = datasets.expand(command_line("show", ShowArgs, argv).prompts)
     path = path / "prompts.pt" if path.is_dir() else path
     saved, result = load_prompts(path), None
@@ -2791,7 +2799,11 @@ def commands(argv=None):
         raise UserError(usage)
     word, *rest = argv
     if word in ("-h", "--help"):
-        print(usage)
+        print(f"{usage}\n")
+        for name, command in COMMANDS.items():
+            is_method = isinstance(command, functools.partial)
+            text = command.args[0].doc if is_method else command.__doc__.partition(": ")[2]
+            print(f"{name:11}{text.splitlines()[0]}")
         return
     if word not in COMMANDS:
         raise UserError(f"unknown command '{word}'{datasets.nearest(word, list(COMMANDS))}: use "

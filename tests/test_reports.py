@@ -348,7 +348,9 @@ def test_zero_shot_ends_with_the_closing_table_and_a_result(place, tmp_path, cap
         hits = common.logits(model, x, w).argmax(-1) == y
         expected = 100 * hits.double().mean().item()
         assert result["accuracy"]["painted"][i] == pytest.approx(expected)
-    rows, _ = table(capsys, tmp_path / "runs")
+    common.commands(f"zero-shot {words} --shots 3 --seeds 1 2 --out {tmp_path}/runs/y".split())
+    capsys.readouterr()
+    rows, _ = table(capsys, tmp_path / "runs")          # "zero-shot" is the column of run y
     assert rows[1] == ["zero-shot", "Zero-shot CLIP, --templates ensemble"]
 
 

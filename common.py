@@ -1213,7 +1213,9 @@ def variant_of(method, args):
 
 
 def agree(args, saved, keys, owner):
-    """Raise UserError where the settings `saved` with `owner` are not those of this run."""
+    """Raise UserError where the settings `saved` with `owner`, or its backbone, are not those of
+    this run."""
+    check_backbone(saved, args.clip, owner)
     for key in keys:
         if saved.get(key) != getattr(args, key):
             raise UserError(f"{owner} is of a run {said(key, saved.get(key))}, not "

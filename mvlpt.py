@@ -434,8 +434,8 @@ def adapt(args, model, targets, prompts, run):
 
 # ------------------------------------------------- transfer matrices and source prompts from files
 
-# a matrix or a source prompt serves runs with the same
-SAME = ("prompt", "n_ctx", "clip", "split", "shots", "heads", "layers", "width")
+# a matrix or a source prompt serves runs with the same backbone and
+SAME = ("prompt", "n_ctx", "split", "shots", "heads", "layers", "width")
 
 
 def read_transfer(args, tasks, seed):

@@ -21,7 +21,7 @@ import data
 mvlpt = common.load_method("mvlpt")
 KINDS = ["coop", "vpt", "upt"]
 SETTINGS = mvlpt.Args(n_ctx=2, epochs=2, batch_size=5, views=1, min_crop=0.6, workers=0,
-                      device="cpu", data="here", clip="random")
+                      device="cpu", data="here", clip="tiny")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -52,7 +52,8 @@ def trained(small, tmp_path):
         if isinstance(tasks, str):
             tasks = small_tasks(*tasks.split())
         args = train.args = settings(f"--out {next(folders)} {words}")
-        run = train.run = common.Run(args, dict(asdict(args), method="mvlpt", variant=None))
+        run = train.run = common.Run(args, dict(asdict(args), method="mvlpt", variant=None,
+                                                backbone="tiny"))
         run.open({args.seeds[0]: tasks}, {args.seeds[0]: []})
         run.start(args.seeds[0])
         return mvlpt.train(args, small, tasks, run)
@@ -76,7 +77,7 @@ def result_file(folder, names, words, *accuracy):
     """The result.json of a run on some tasks with flags `words`, with a matrix for each seed."""
     seeds = list(range(1, 1 + len(accuracy)))
     result = dict(method="mvlpt", tasks=list(names), seeds=seeds, accuracy={})
-    result["settings"] = asdict(settings(words))
+    result["settings"] = dict(asdict(settings(words)), backbone="tiny")
     result["transfer_accuracy"] = [matrix(rows).tolist() for rows in accuracy]
     result["transfer_images"] = ["held-out and training"] * len(seeds)
     (folder / "result.json").write_text(json.dumps(result))
@@ -598,13 +599,13 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(
     refused(f"{grouped} --prompt vpt", path, "not with --prompt vpt")
     refused(f"{grouped} --n-ctx 3", path, "--n-ctx 2, not with --n-ctx 3")
     refused(f"{grouped} --shots 4", path, "--shots 5, not with --shots 4")
-    refused(f"{grouped} --clip tiny", path, "not with --clip tiny")
+    refused(f"{grouped} --clip tiny", path, "tiny is not the backbone that")
     refused(f"{grouped} --data {folder},new={folder}/ink", path, "not of new")
 
 
 @pytest.mark.parametrize("words, says", [
     ("--init RUN/prompts.pt --prompt upt", "with --prompt coop, not with --prompt upt"),
-    ("--init RUN/prompts.pt --clip tiny", "not with --clip tiny"),
+    ("--init RUN/prompts.pt --clip tiny", "tiny is not the backbone that"),
     ("--init RUN/prompts.pt --seeds 1 2", "the seeds 1, not of 2"),
     ("--init RUN/prompts.pt --validate", "without --validate, not with --validate"),
     ("--init RUN/prompts.pt --shots 4", "with --shots 5, not with --shots 4"),

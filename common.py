@@ -1071,8 +1071,8 @@ def inherited(method, read):
         saved = load_prompts(given.eval, method.name)["settings"]
     if saved["method"] != method.name:
         with usable(owner):
-            raise UserError(f"{owner} is one of {saved['method']}: use "
-                            f"{command_of(saved['method'])}")
+            command = method_of(saved["method"]).command
+            raise UserError(f"{owner} is one of {saved['method']}: use {command}")
     with usable(owner), warnings.catch_warnings():
         warnings.simplefilter("error")      # tyro warns where a value has another type
         usual = {key: tuple(value) if isinstance(value, list) else value    # JSON has no tuples
@@ -1262,8 +1262,12 @@ def save_whole(path, content):
     write_whole(path, buffer.getvalue())
 
 
+RESTART = "start another run in another --out"
+GIVE_PROMPTS = "give the prompts.pt that a run wrote"
+
+
 @contextlib.contextmanager
-def usable(path, remedy="start another run in another --out"):
+def usable(path, remedy=RESTART):
     """Whatever fails while a saved file is read and taken over is one line that names the file."""
     try:
         with warnings.catch_warnings():
@@ -1278,10 +1282,10 @@ def usable(path, remedy="start another run in another --out"):
                         f"{remedy}") from error
 
 
-def load_saved(path, *keys, **remedy):
+def load_saved(path, *keys, remedy=RESTART):
     """A dict with some keys from `torch.save`, read without running any code in it; remedy: as for
     `usable`."""
-    with usable(path, **remedy):
+    with usable(path, remedy):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(saved, dict) and set(keys) <= saved.keys(), "it holds something else"
     return saved
@@ -1298,7 +1302,7 @@ def load_json(path, *keys):
     return saved
 
 
-def load_prompts(path, name=None, remedy="give the prompts.pt that a run wrote"):
+def load_prompts(path, name=None, remedy=GIVE_PROMPTS):
     """A run's prompts.pt: its method, settings, tasks, templates, contents, trained_on, prompts.
 
     Raises UserError where it is damaged, or of another method than `name`.
@@ -1311,8 +1315,9 @@ def load_prompts(path, name=None, remedy="give the prompts.pt that a run wrote")
                        "trained_on", "prompts", remedy=remedy)
     if name not in (None, saved["method"]):
         with usable(path):
+            command = method_of(saved["method"]).command
             raise UserError(f"{path} holds prompts of {saved['method']}, not of {name}: use "
-                            f"{command_of(saved['method'])} --eval {path}")
+                            f"{command} --eval {path}")
     return saved
 
 
@@ -1369,7 +1374,7 @@ class Run:
             if not ended and last["seed"] not in self.finished["scores"]:
                 self.running = last             # else its rows and its end are in finished.pt
         if prompts.exists():
-            saved = load_prompts(prompts, remedy="start another run in another --out")
+            saved = load_prompts(prompts, remedy=RESTART)
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
     def open(self, tasks, sources):
@@ -1627,9 +1632,10 @@ def main(method, argv=None):
     settings = dict(asdict(args), method=method.name, variant=variant_of(method, args),
                     backbone=backbone_of(args.clip))
     args.device = chosen_device(args.device)
-    if args.resume and (Path(args.out) / "result.json").exists():
-        result = load_result(Path(args.out) / "result.json")
-        with usable(Path(args.out) / "result.json"):
+    finished = Path(args.out or "", "result.json")
+    if args.resume and finished.exists():
+        result = load_result(finished)
+        with usable(finished):
             print_table(result)
         close(Path(args.out), result, method.plot if args.plot else None)
         print(f"\nthe run in {args.out} had finished")
@@ -1637,9 +1643,9 @@ def main(method, argv=None):
     saved = load_prompts(args.eval, method.name) if getattr(args, "eval", None) else None
     run = None if saved else Run(args, settings)
     tasks, sources = checked_tasks(args, method, saved)
-    model, first = load_backbone(args, method), tasks[args.seeds[0]]
-    for unit in list(units(args, first).values())[:1]:
-        method.build(args, model, unit)                         # rejects settings that do not fit
+    model = load_backbone(args, method)
+    first = tasks[args.seeds[0]]
+    method.build(args, model, next(iter(units(args, first).values())))      # rejects what won't fit
     if run:
         run.open(tasks, sources)
         length = ""
@@ -1659,7 +1665,9 @@ def main(method, argv=None):
                 close_loader()
             else:
                 trained[name] = method.build(one, model, unit)
-                restore(trained[name], saved["prompts"][seed], name, args.eval)
+                with usable(args.eval, "give the --data and --clip it was trained with"):
+                    states = saved["prompts"][seed]
+                    trained[name].load_state_dict(states[name] if name else states)
         if run:
             run.save_prompts(trained, tasks[seed])
         scores[seed] = scores_of(one, method, model, tasks[seed], trained)
@@ -1677,12 +1685,6 @@ def units(args, tasks):
     if getattr(args, "single_task", False):
         return {task.name: [task] for task in tasks}
     return {"": tasks}
-
-
-def restore(prompts, states, name, path):
-    """Load a unit's saved state (see `units`) into prompts; UserError where it does not fit."""
-    with usable(path, "give the --data and --clip it was trained with"):
-        prompts.load_state_dict(states[name] if name else states)
 
 
 def scores_of(args, method, model, tasks, trained):
@@ -1709,11 +1711,16 @@ def read_log(folder):
 def load_backbone(args, method):
     """CLIP as the settings ask for it; UserError where image prompts would meet a ResNet."""
     model, _ = load_clip(args.clip, args.device)
-    if valued(method.image_prompts, args) and not hasattr(model.visual, "transformer"):
-        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
-                        "ResNet there: use a ViT, such as --clip ViT-B/16")
+    check_vit(args, method, hasattr(model.visual, "transformer"))
     model.precision, model.recompute = args.precision, getattr(args, "recompute", False)
     return model
+
+
+def check_vit(args, method, is_vit):
+    """UserError where image prompts would meet a ResNet."""
+    if valued(method.image_prompts, args) and not is_vit:
+        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
+                        "ResNet there: use a ViT, such as --clip ViT-B/16")
 
 
 def divided_tasks(args, data, seed):
@@ -1733,19 +1740,18 @@ def checked_tasks(args, method, saved=None):
     Training images are decoded, and kept in memory while there is room (2 GB). saved: the prompts
     that are scored instead.
     """
-    if valued(method.image_prompts, args) and args.clip.startswith("RN"):
-        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
-                        "ResNet there: use a ViT, such as --clip ViT-B/16")
+    check_vit(args, method, not args.clip.startswith("RN"))     # before a download
     if args.download:
         datasets.find_listings(args.data, args.root, download=True)
-    tasks, sources, room = {}, {}, 2 * 2**30 // len(args.seeds)
+    first, room = args.seeds[0], 2 * 2**30 // len(args.seeds)
+    tasks, sources = {}, {}
     for seed in args.seeds:
         tasks[seed] = method.prepare(args, divided_tasks(args, args.data, seed), seed)
-    method.check(args, tasks[args.seeds[0]])
+    method.check(args, tasks[first])
     for seed in args.seeds:
         sources[seed] = [] if saved else method.sources(args, seed)
-    n_text = valued(method.n_text, args, tasks[args.seeds[0]])
-    for task in tasks[args.seeds[0]] + sources[args.seeds[0]]:
+    n_text = valued(method.n_text, args, tasks[first])
+    for task in tasks[first] + sources[first]:
         tokenize(task.class_names, n_text)
         tokenize(task.class_names, template=task.template)
     for seed in args.seeds:
@@ -1780,7 +1786,7 @@ def check_saved(args, method, saved, tasks, seed):
     if tied and list(saved["tasks"]) != [task.name for task in tasks]:
         raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data "
                         f"{args.data}, or in another order: give the --data they were trained on")
-    with usable(args.eval, "give the prompts.pt that a run wrote"):
+    with usable(args.eval, GIVE_PROMPTS):
         seen, own = set(saved["trained_on"][seed].tolist()), list(saved["contents"][seed])
     for task in tasks:
         if datasets.contents(task) not in own:
@@ -1872,7 +1878,7 @@ def gather(settings, tasks, model, scores):
         trainable_parameters=done[0]["trainable_parameters"],
         parameters_by_seed=[d["trainable_parameters"] for d in done],
         clip_parameters=sum(p.numel() for p in model.parameters()),
-        seconds=[d.get("seconds", 0.0) for d in done],
+        seconds=[d["seconds"] for d in done],
     )
     for key in done[0].keys() - result.keys():
         result[key] = [d[key] for d in done]
@@ -1989,15 +1995,11 @@ def print_table(result):
     print(f"\n{line}")
     for key in [key for key in MATRICES if key in result]:
         for seed, matrix in zip(result["seeds"], result[key]):
-            sides = "" if is_symmetric(matrix) else " (rows are sources, columns targets)"
+            symmetric = np.allclose(matrix, np.transpose(matrix), rtol=1e-4)
+            sides = "" if symmetric else " (rows are sources, columns targets)"
             print(f"\n{key}, seed {seed}{sides}")
             print(aligned([[name, *(f"{x:.3g}" for x in row)]
                            for name, row in zip(result["tasks"], matrix)]))
-
-
-def is_symmetric(matrix):
-    """Whether what a matrix says of two tasks does not depend on their order."""
-    return np.allclose(matrix, np.transpose(matrix), rtol=1e-4)
 
 
 def pyplot():
@@ -2394,11 +2396,6 @@ def method_of_result(name):
         return Method(name, Args, name, None, None, None)
 
 
-def command_of(name):
-    """The words that start a method: "mmap.py", or "common.py finetune"."""
-    return method_of(name).command
-
-
 # ---------------------------------------------------------------------------------------- commands
 
 def command_line(name, Args, argv):
@@ -2723,7 +2720,7 @@ def predict(argv):
         if not Path(file).is_file():
             raise UserError(f"there is no image {file}: give the files of images")
         read_image(file)
-    with usable(path, "give the prompts.pt that a run wrote"):
+    with usable(path, GIVE_PROMPTS):
         method = method_of(saved["method"])
         seed = next(iter(saved["prompts"]))
         known = {field.name for field in fields(method.Args)}
@@ -2771,7 +2768,7 @@ def show(argv):
     saved, result = load_prompts(path), None
     if path.with_name("result.json").is_file():
         result = load_result(path.with_name("result.json"))
-    with usable(path.parent, "give the prompts.pt that a run wrote"):
+    with usable(path.parent, GIVE_PROMPTS):
         print(f"{label_of(saved['settings'])}\n{benchmark_of(saved['settings'])}")
         rows = [[name, f"{len(classes)} classes"] for name, classes in saved["tasks"].items()]
         if result:

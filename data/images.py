@@ -93,7 +93,7 @@ def plain_jpeg(file, image):
 
 @contextlib.contextmanager
 def silent():
-    """Nothing reaches the process's stderr, to which libjpeg writes a line per damaged image."""
+    """Discard the process's stderr, to which libjpeg writes a line per damaged image."""
     with open(os.devnull, "wb") as null:
         kept = os.dup(2)
         os.dup2(null.fileno(), 2)
@@ -163,11 +163,6 @@ def as_pil(pixels):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def read_array(array):
-    """An image that is an array [H, W, 3]."""
-    return Image.fromarray(array)
-
-
 def read_tile(item):
     """A drawing of the built-in benchmark: (sheet of 40 in a row, number) -> 64 x 64 image."""
     sheet, number = item
@@ -184,9 +179,9 @@ class Images(Dataset):
     """A list of (PIL image, label). `items` are paths, or anything that `read` makes an RGB image
     of.
 
-    A label is a class number, or where an image may have several a tuple of them, the class that it
-    was drawn for first. crop: whether an image that is not augmented is cropped at its centre, as
-    CLIP does, or resized to a square. kept: {item: its pixels}, see `keep_all`.
+    A label is a class number, or a tuple of them if the image has several classes; the first is the
+    one it was sampled for. crop: whether an image that is not augmented is cropped at its centre,
+    as CLIP does, or resized to a square. kept: {item: its pixels}, see `keep_all`.
     """
 
     def __init__(self, items, labels, read=read_image, kept=None, crop=True):
@@ -204,7 +199,7 @@ class Images(Dataset):
         return dict(self.__dict__, kept={})         # too much to send to a worker process
 
     def pixels(self, index):
-        """An image as uint8 [3, H, W], from memory where it is kept there. Not to be written on."""
+        """An image as uint8 [3, H, W], from memory where it is kept there. Read-only."""
         item = self.items[index]
         if self.kept and item in self.kept:
             return self.kept[item]
@@ -214,7 +209,7 @@ class Images(Dataset):
 
     @property
     def classes(self):
-        """A class number per image; of several, the one that it was drawn for."""
+        """A class number per image; of several, the one that it was sampled for."""
         return [label[0] if isinstance(label, tuple) else label for label in self.labels]
 
     def subset(self, indices):
@@ -245,7 +240,7 @@ def label_tensor(labels):
 class Loader:
     """What a dataset makes of the jobs of each epoch, in order; worker processes start once.
 
-    dataset[job] is a tuple that can be pickled, or the line of a UserError, a str; dataset.lists
+    dataset[job] is a tuple that can be pickled, or the message of a UserError; dataset.lists
     are the Images that it reads. workers: how many processes; None chooses one per CPU core, at
     most 8, for more than 400 files; 0 works everywhere.
     They start with the first epoch, see the dataset as it is then, and end with `close`. On Linux
@@ -306,7 +301,7 @@ class Loader:
                 raise
 
     def close(self):
-        """End the worker processes; the next epoch would start others."""
+        """End the worker processes; the next epoch would start new ones."""
         self.loader = None
 
 
@@ -324,8 +319,8 @@ def unchanged(item):
 
 
 def forget(error):
-    """Delete what the frames of an error hold, in silence: a DataLoader's iterator of which half
-    the processes have started ends them, and complains on stderr of the other half."""
+    """Free what the frames of an error hold, without output: a DataLoader's iterator that started
+    only some of its processes ends these, and complains on stderr about the others."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     traceback.clear_frames(error.__traceback__)
     sys.unraisablehook = hook
@@ -339,14 +334,14 @@ def start_method():
 
 
 def is_of_workers(error):
-    """Whether worker processes could not start or died; an error in their code is not theirs."""
+    """Whether worker processes could not start or died, rather than raised an error themselves."""
     text = str(error)
     return not text.startswith("Caught ") and (isinstance(error, OSError) or "worker" in text)
 
 
 class _Decoded(Dataset):
-    """Job (list, indices, wanted) is (list, indices, for each image its array [H, W, 3], where it
-    is not wanted None, or where it cannot be decoded an error's line)."""
+    """Job (list, indices, wanted) gives (list, indices, found), where found has for each image its
+    array [H, W, 3], None where it is not wanted, or the error's message if decoding fails."""
 
     def __init__(self, lists):
         self.lists = lists
@@ -366,8 +361,8 @@ class _Decoded(Dataset):
 def decoded(lists, workers=None, wanted=lambda t: False, text="check"):
     """Yield (list, index, pixels) of every image of some lists of Images, under a progress bar.
 
-    pixels: uint8 [3, H, W], None where `wanted` says so of the list when the image's turn comes, or
-    where the image cannot be decoded the line that says why.
+    pixels: uint8 [3, H, W]; None unless `wanted`, asked about the list when the image's turn comes,
+    says True; the error's message if the image cannot be decoded.
     """
     def jobs():
         for t, images in enumerate(lists):
@@ -436,8 +431,7 @@ def plan(sizes, batch_size, mixed=False, views=0):
         for k in range(0, n_steps * batch_size, batch_size):
             steps.append([(t, i) for t, stream in enumerate(streams)
                           for i in stream[k:k + batch_size]])
-    drawn = torch.randint(views or 2**24, (sum(map(len, steps)),)).tolist()
-    numbers = iter(drawn)
+    numbers = iter(torch.randint(views or 2**24, (sum(map(len, steps)),)).tolist())
     return [[(t, i, next(numbers)) for t, i in step] for step in steps]
 
 
@@ -445,10 +439,10 @@ def plan(sizes, batch_size, mixed=False, views=0):
 class Views(Dataset):
     """The views of a step of a `plan`: (images uint8 [B, 3, size, size], labels, task [B]), arrays.
 
-    lists: the tasks' Images; transforms: of each list. A view has a random state of its own, from
-    the seed, the task, the index and the view: no worker process and no other image has a part in
-    it. labels: as `label_tensor` has them. A UserError is returned as its line, to leave a worker
-    whole.
+    lists: the tasks' Images; transforms: one per list. Each view is drawn with its own random seed,
+    made from the run's seed, the task, the index and the view, so it depends neither on the worker
+    process nor on other images. labels: as `label_tensor` returns them. A UserError is returned as
+    its message, so that the worker process lives on.
     """
 
     lists: list
@@ -475,7 +469,7 @@ def views(lists, size, seed, min_crop=0.08, augment=None, workers=None):
     """A Loader of the Views of some lists of Images, whose jobs are the steps of a `plan`.
 
     A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip.
-    Where augment[task] is False an image is what it is for a test.
+    Where augment[task] is False, images are transformed as test images are.
     """
     augmented = v2.Compose([
         v2.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
@@ -509,7 +503,7 @@ def normalise(images):
 
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-# no pictures, or readable on Windows alone
+# not images, or readable on Windows alone
 ENDINGS -= set(".pdf .eps .ps .mpg .mpeg .h5 .hdf .grib .bufr .fits .fit .emf .wmf".split())
 
 

@@ -2,10 +2,10 @@
 import pickle
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from ..errors import UserError, brief
-from ..images import read_array
 from ..listing import Listing
 
 
@@ -39,7 +39,7 @@ def cifar100(root):
         listings.append(Listing(
             name.replace("_", " "), [train.classes[f].replace("_", " ") for f in fine],
             "a photo of a {}", [arrays[0][f] for f in fine], draw=f"cifar100/{name}",
-            test=[arrays[1].get(f, []) for f in fine], read=read_array))
+            test=[arrays[1].get(f, []) for f in fine], read=Image.fromarray))
     return listings
 
 

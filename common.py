@@ -213,11 +213,11 @@ def _downloaded(name):
     if archive.is_file() and _sha256(archive) not in url:
         raise UserError(f"{archive} is not OpenAI's file (its SHA-256 is another): move it away to "
                         "have it downloaded again")
-    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    copy_url = f"{host}/timm/{copy}/resolve/main/open_clip_model.safetensors"
     for path in (archive, copied):
         if path.is_file():
             return path
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    copy_url = f"{host}/timm/{copy}/resolve/main/open_clip_model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for path, url in {archive: url, copied: copy_url}.items():
@@ -590,7 +590,8 @@ class Texts:
 
     def of_task(self, t):
         """The texts of task t alone: one task, with one prompt set."""
-        rows, one = torch.where(self.mine[t])[0], copy.copy(self)
+        rows = torch.where(self.mine[t])[0]
+        one = copy.copy(self)
         one.tokens, one.mine = self.tokens[rows], self.mine[t:t + 1, rows]
         one.sets, one.start = torch.zeros(len(rows), dtype=torch.long), self.start[:1] * 0
         return one
@@ -628,14 +629,13 @@ def nan_where_absent(losses, task):
     return losses.detach().masked_fill(~present, math.nan)
 
 
-open_loader = functools.lru_cache(maxsize=1)(datasets.views)    # that of the present training
+open_loader = functools.lru_cache(maxsize=1)(datasets.views)    # that of the current training
 close_loader = open_loader.cache_clear          # ends its worker processes
 _view_features = weakref.WeakKeyDictionary()    # Images -> (model, key, features [n, views, D])
 
 
 class PairMean(nn.Module):
-    """The mean [N, N] of what is measured of pairs of tasks, each over the steps that have images
-    of both."""
+    """The mean [N, N] of a measurement of pairs of tasks, over the steps with images of both."""
 
     def __init__(self, n_tasks):
         super().__init__()
@@ -672,7 +672,8 @@ def batches(args, model, tasks, frozen=False):
     trained, so with fixed views each view is encoded once, and its features [B, D] are yielded.
     Worker processes start with the first epoch of the tasks, and `close_loader` ends them.
     """
-    lists, size = tuple(task.train for task in tasks), model.visual.input_resolution
+    lists = tuple(task.train for task in tasks)
+    size = model.visual.input_resolution
     device, seed = model.logit_scale.device, args.seeds[0]
     sizes = [len(images.items) for images in lists]
     steps = datasets.plan(sizes, args.batch_size, args.batches == "mixed", args.views)
@@ -741,13 +742,15 @@ def _pixels(images, size, workers):
 def image_features(model, images, prompts=None, workers=None, tuned=None):
     """(CLIP's own features [n, D], features under `prompts` [L, n_ctx, d] [n, D], labels [n]).
 
-    tuned: another CLIP, whose features are the second ones. They are the first where both are None.
-    An image is read and decoded once per process, and CLIP's own features are computed once,
-    whatever is scored on it.
+    tuned: another CLIP, to compute the second features with. Without prompts and tuned these are
+    the first. An image is read and decoded once per process, and CLIP's own features of it are
+    computed once.
     """
     device, size = model.logit_scale.device, model.visual.input_resolution
-    keys, known = _keys(images, size), _plain.setdefault(model, {})
-    prompted, twice = [None] * len(keys), prompts is not None or tuned is not None
+    keys = _keys(images, size)
+    known = _plain.setdefault(model, {})
+    prompted = [None] * len(keys)
+    twice = prompts is not None or tuned is not None
     if twice or any(key not in known for key in keys):
         for chunk, batch in progress(_pixels(images, size, workers), "score"):
             x = datasets.normalise(batch.to(device))
@@ -819,7 +822,8 @@ def apply_metric(metric, logits, labels):
         return metric(logits, labels)
     if metric == "11-point mAP":
         return mean_average_precision(logits.cpu().double(), labels.cpu())
-    hits, labels = (logits.argmax(dim=-1) == labels).cpu().double(), labels.cpu()
+    hits = (logits.argmax(dim=-1) == labels).cpu().double()
+    labels = labels.cpu()
     if metric == "accuracy":
         return 100 * hits.mean().item()
     return 100 * statistics.mean(hits[labels == k].mean().item() for k in labels.unique())
@@ -853,9 +857,10 @@ def sgd(args, prompts):
 
 
 def scheduled(args, optimizer):
-    """A learning rate that changes once an epoch: a cosine, or with --schedule constant none.
+    """The learning rate's schedule, a step per epoch: a cosine, or with --schedule constant none.
 
-    Of args.epochs the first args.warm_up have CoOp's 1e-5, and the cosine begins behind them.
+    The first args.warm_up epochs have CoOp's rate of 1e-5; the cosine, args.epochs long, begins
+    after them.
     """
     def factor(epoch):
         if epoch < args.warm_up:
@@ -1241,7 +1246,7 @@ def seed_everything(*names):
 
 
 def write_whole(path, content):
-    """Write text or bytes under a temporary name and rename it: the file is there whole or not."""
+    """Write text or bytes under a temporary name, then rename: the file is whole or not there."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -1268,7 +1273,7 @@ GIVE_PROMPTS = "give the prompts.pt that a run wrote"
 
 @contextlib.contextmanager
 def usable(path, remedy=RESTART):
-    """Whatever fails while a saved file is read and taken over is one line that names the file."""
+    """Turn whatever fails while a saved file is read and used into a UserError that names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1378,8 +1383,10 @@ class Run:
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
     def open(self, tasks, sources):
-        """Make the folder and note the settings, and what the tasks and source tasks (each by seed)
-        hold; a training finds the latter in `sources`."""
+        """Make the folder, and write the settings and what the tasks and source tasks hold.
+
+        Both are given by seed; a training finds the source tasks in `sources`.
+        """
         self.sources = sources
         tasks = {seed: own + sources[seed] for seed, own in tasks.items()}
         found = {seed: list(map(datasets.contents, own)) for seed, own in tasks.items()}
@@ -1400,7 +1407,7 @@ class Run:
         save_whole(self.folder / "finished.pt", self.finished)
 
     def start(self, seed, task=""):
-        """Begin (or go on with) the training of a seed, with --single-task of one task under it."""
+        """Begin or continue the training of a seed, with --single-task of one of its tasks."""
         self.seed, self.task = seed, task
         self.seed_phase("prompts")
 
@@ -1452,7 +1459,7 @@ class Run:
         save_whole(self.folder / "finished.pt", self.finished)
 
     def once(self, phase, function, **parts):
-        """Call a function where the phase has not happened yet, and keep `parts` behind it."""
+        """Call a function as a phase, unless that phase has finished; `parts` as for `epochs`."""
         for _ in self.epochs(phase, 1, **parts):
             function()
 
@@ -1509,7 +1516,7 @@ class Run:
             crops={task.name: task.test.crop for task in tasks}))
 
     def finish_seed(self, scores):
-        """Keep a seed's scores, and forget its phases."""
+        """Save a seed's scores, and drop its finished phases."""
         scores["seconds"] = sum(phase["seconds"] for phase in self.finished["phases"].values())
         self.finished["scores"][self.seed] = scores
         self.finished["phases"] = {}
@@ -1538,7 +1545,7 @@ def state_on_cpu(module):
 
 
 def numbered(path):
-    """Make the first folder that is not there yet of `path-1`, `path-2`, ..."""
+    """Make the first of the folders `path-1`, `path-2`, ... that does not exist yet."""
     for i in itertools.count(1):
         folder = path.with_name(f"{path.name}-{i}")
         with contextlib.suppress(FileExistsError):      # another run may have made it just now
@@ -1567,7 +1574,7 @@ def progress(iterable, text):
 
 
 def tell_epoch(phase, epoch, n, loss):
-    """A line per epoch, where no terminal shows the bar."""
+    """Print a line per epoch where no terminal shows the progress bar."""
     if not sys.stderr.isatty():
         print(f"{phase}: epoch {epoch + 1} of {n}, loss {loss:.4g}", flush=True)
 
@@ -1632,10 +1639,10 @@ def main(method, argv=None):
     settings = dict(asdict(args), method=method.name, variant=variant_of(method, args),
                     backbone=backbone_of(args.clip))
     args.device = chosen_device(args.device)
-    finished = Path(args.out or "", "result.json")
-    if args.resume and finished.exists():
-        result = load_result(finished)
-        with usable(finished):
+    if args.resume and (Path(args.out) / "result.json").exists():
+        path = Path(args.out) / "result.json"
+        result = load_result(path)
+        with usable(path):
             print_table(result)
         close(Path(args.out), result, method.plot if args.plot else None)
         print(f"\nthe run in {args.out} had finished")
@@ -1657,7 +1664,8 @@ def main(method, argv=None):
     for seed in args.seeds:
         if seed in scores:
             continue
-        one, trained = replace(args, seeds=(seed,)), {}
+        one = replace(args, seeds=(seed,))
+        trained = {}
         for name, unit in units(args, tasks[seed]).items():
             if run:
                 run.start(seed, name)
@@ -1777,8 +1785,8 @@ def reject_seen(tasks, seen, owner):
 
 
 def check_saved(args, method, saved, tasks, seed):
-    """Raise UserError where saved prompts are not of a seed, tied to other tasks, or trained on
-    the test images. The split that they were trained on is theirs: copies in it are a warning."""
+    """Raise UserError where saved prompts are not of this seed, are tied to other tasks, or were
+    trained on the test images. On the split they were trained on, copies are only a warning."""
     if seed not in saved["prompts"]:
         known = ", ".join(map(str, saved["prompts"]))
         raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
@@ -1862,7 +1870,8 @@ UNSAID = dict(batches="tasks", views=0, min_crop=0.08, warm_up=0)
 
 def gather(settings, tasks, model, scores):
     """What result.json holds, from each seed's scores; a method's own key is a list over seeds."""
-    done, first = [scores[seed] for seed in settings["seeds"]], tasks[settings["seeds"][0]]
+    done = [scores[seed] for seed in settings["seeds"]]
+    first = tasks[settings["seeds"][0]]
     names = [task.name for task in first]
     zero_shot = {n: [d["zero_shot"][i] for d in done] for i, n in enumerate(names)}
     result = {key: settings[key] for key in ("method", "data", "split", "shots", "clip")}
@@ -1964,7 +1973,8 @@ def measured(result):
 
 def print_table(result):
     """The closing table: a row per task and the average; zero-shot CLIP, the method, the papers."""
-    settings, (papers, near) = result["settings"], paper_columns(result)
+    settings = result["settings"]
+    papers, near = paper_columns(result)
     average = statistics.mean(result["zero_shot"].values())
     rows = [["", "zero-shot"], *([name, f"{result['zero_shot'][name]:.1f}"]
                                  for name in result["tasks"]), ["average", f"{average:.1f}"]]
@@ -2319,8 +2329,8 @@ class Weights(nn.Module):
             for _ in range(n_adapters)).to(model.logit_scale.device)
 
     def adapted(self, x, task):
-        """CLIP-Adapter's image features [B, D]: ratio A(x) + (1 - ratio) x, A that of each image's
-        task [B]."""
+        """CLIP-Adapter's image features [B, D]: ratio A(x) + (1 - ratio) x, where A is the adapter
+        of each image's task [B]."""
         if not len(self.adapters):
             return x
         every = torch.stack([adapter(x) for adapter in self.adapters])          # [adapters, B, D]
@@ -2389,7 +2399,7 @@ def method_of(name):
 
 
 def method_of_result(name):
-    """As `method_of`; one whose file is elsewhere has its name and the shared settings alone."""
+    """As `method_of`; without a file of that name here, only the name and the shared settings."""
     try:
         return method_of(name)
     except UserError:
@@ -2458,7 +2468,8 @@ def table(argv):
     if out:
         check_writable(out)
     runs = read_runs(args.folders)
-    known, baseline = list(dict.fromkeys(["zero-shot", *runs.label])), args.baseline
+    known = list(dict.fromkeys(["zero-shot", *runs.label]))
+    baseline = args.baseline
     if baseline and baseline not in known:                      # coop_mt is CoOp-MT, too
         alike = ([x for x in known if letters(x) == letters(baseline)]
                  or [x for x in known if letters(x).startswith(letters(baseline))])
@@ -2484,8 +2495,10 @@ def table(argv):
 
 
 def check_table_folder(out, rows):
-    """UserError where files that `table` writes are in a folder already, and are not its own: these
-    lie beside a table.csv with the columns of `rows`, which is written first."""
+    """UserError where a folder holds a file that `table` would replace and did not write.
+
+    It wrote them where a table.csv with the columns of `rows`, which is written first, is there.
+    """
     known, columns = out / "table.csv", rows.partition("\n")[0].encode()
     if known.is_file() and known.read_bytes().startswith(columns):
         return
@@ -2535,14 +2548,15 @@ def read_runs(folders):
 
 
 def by_tests(runs):
-    """The runs; where some of one title scored other classes or test images at a seed than those
-    before them, they have a title, and so a table, of their own."""
+    """The runs; one that scored other classes or test images at a seed than the earlier ones of its
+    title gets another title, and so another table."""
     groups = {}                                 # title -> [{seed: what was scored}]
     for (title, _), part in runs.groupby(["title", "folder"], sort=False):
-        tests, known = dict(zip(part.seed, part.tests)), groups.setdefault(title, [])
-        fits = [all(group.get(seed, mark) == mark for seed, mark in tests.items())
-                for group in known]
-        place = fits.index(True) if True in fits else len(known)
+        tests = dict(zip(part.seed, part.tests))
+        known = groups.setdefault(title, [])
+        fits = (i for i, group in enumerate(known)
+                if all(group.get(seed, mark) == mark for seed, mark in tests.items()))
+        place = next(fits, len(known))
         if place == len(known):
             known.append({})
         known[place].update(tests)
@@ -2579,17 +2593,26 @@ def rows_of(result):
     return rows
 
 
+def saved_args(method, settings):
+    """A method's settings out of those saved with a run; what the method does not know is left
+    out."""
+    known = {field.name for field in fields(method.Args)}
+    return method.Args(**{key: value for key, value in settings.items() if key in known})
+
+
 def label_of(settings):
-    """The name of a run's column: its method, and the settings that are not this one's defaults;
-    zero-shot CLIP's is in every table."""
+    """The name of a run's column: its method, and the settings that are not its defaults.
+
+    A run of zero-shot CLIP with one template is the column "zero-shot" that every table has.
+    """
     method = method_of_result(settings["method"])
-    names = {field.name for field in fields(method.Args)} & settings.keys()
-    args = method.Args(**{name: settings[name] for name in names})
+    args = saved_args(method, settings)
     usual = replace(method.Args(), **method.defaults(args))
     words = [settings["variant"]] if settings["variant"] else []
-    for key in [key for key in COLUMN[2:] if key in names]:
-        if getattr(args, key) != getattr(usual, key):
-            words.append(said(key, getattr(args, key)))
+    for key in COLUMN[2:]:
+        value = getattr(args, key, None)
+        if key in settings and value != getattr(usual, key, None):
+            words.append(said(key, value))
     label = ", ".join([method.title, *words]).replace("with --", "--")
     return "zero-shot" if label == ZERO_SHOT.title else label
 
@@ -2723,12 +2746,10 @@ def predict(argv):
     with usable(path, GIVE_PROMPTS):
         method = method_of(saved["method"])
         seed = next(iter(saved["prompts"]))
-        known = {field.name for field in fields(method.Args)}
-        settings = {key: value for key, value in saved["settings"].items() if key in known}
-        settings.update(seeds=(seed,), clip=given.clip or settings["clip"], workers=0,
-                        device=given.device, eval=str(path), resume=False)
-        settings = {key: value for key, value in settings.items() if key in known}
-        args = absolute(method.Args(**settings))
+        settings = dict(saved["settings"], seeds=(seed,), workers=0, device=given.device,
+                        eval=str(path), resume=False)
+        settings["clip"] = given.clip or settings["clip"]
+        args = absolute(saved_args(method, settings))
         check_ranges(args)
         tasks, states = [], saved["prompts"][seed]
         for name, class_names in saved["tasks"].items():
@@ -2765,7 +2786,8 @@ def show(argv):
     """
     path = datasets.expand(command_line("show", ShowArgs, argv).prompts)
     path = path / "prompts.pt" if path.is_dir() else path
-    saved, result = load_prompts(path), None
+    saved = load_prompts(path)
+    result = None
     if path.with_name("result.json").is_file():
         result = load_result(path.with_name("result.json"))
     with usable(path.parent, GIVE_PROMPTS):

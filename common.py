@@ -2003,8 +2003,8 @@ def print_table(result):
     if settings.get("eval"):
         line = f"{line.partition('; trained in')[0]}; scored from {settings['eval']}"
     print(f"\n{line}")
-    for key in [key for key in MATRICES if key in result]:
-        for seed, matrix in zip(result["seeds"], result[key]):
+    for key in MATRICES:
+        for seed, matrix in zip(result["seeds"], result.get(key, [])):
             symmetric = np.allclose(matrix, np.transpose(matrix), rtol=1e-4)
             sides = "" if symmetric else " (rows are sources, columns targets)"
             print(f"\n{key}, seed {seed}{sides}")
@@ -2073,8 +2073,8 @@ def plot_run(folder, result, plot):
             plot_epochs(axis, losses, names, label)
         legend_beside(axes[0, -1])
         save_figure(figure, folder / "losses.png")
-    for key in [key for key in MATRICES if key in result]:
-        for seed, matrix in zip(result["seeds"], result[key]):
+    for key in MATRICES:
+        for seed, matrix in zip(result["seeds"], result.get(key, [])):
             plot_matrix(folder / f"{key}-{seed}.png", matrix, names, f"{key}, seed {seed}")
     plot(folder, result, rows)
 
@@ -2579,17 +2579,16 @@ def rows_of(result):
     """The rows of one result.json, per seed and task (and "average"); fails on a damaged one."""
     shared = {key: result["settings"].get(key) for key in (*SETTINGS, "precision")}
     shared.update(title=benchmark_of(result), label=label_of(result["settings"]))
-    usual = [int(result["trainable_parameters"])] * len(result["seeds"])
-    parameters = result.get("parameters_by_seed", usual)
     rows = []
     for i, seed in enumerate(result["seeds"]):
-        zero_shot = [result["zero_shot_by_seed"][task][i] for task in result["tasks"]]
-        accuracy = [result["accuracy"][task][i] for task in result["tasks"]]
-        for task, before, after in zip([*result["tasks"], "average"],
-                                       [*zero_shot, statistics.mean(zero_shot)],
-                                       [*accuracy, statistics.mean(accuracy)]):
+        zero_shot = {task: result["zero_shot_by_seed"][task][i] for task in result["tasks"]}
+        accuracy = {task: result["accuracy"][task][i] for task in result["tasks"]}
+        for scores in (zero_shot, accuracy):
+            scores["average"] = statistics.mean(scores.values())
+        for task in accuracy:
             rows.append(dict(shared, task=task, seed=seed, tests=result["tests"][i],
-                             parameters=parameters[i], zero_shot=before, accuracy=after))
+                             parameters=result["parameters_by_seed"][i],
+                             zero_shot=zero_shot[task], accuracy=accuracy[task]))
     return rows
 
 
@@ -2797,18 +2796,17 @@ def show(argv):
             rows = [[*row, mean_std(result["accuracy"][row[0]])] for row in rows]
             rows.append(["average", "", mean_std(result["average"])])
         print(f"\n{aligned(rows)}\n\nseeds {' '.join(map(str, saved['prompts']))}")
-        if result:
-            print(f"{measured(result)} in %; {result['trainable_parameters']:,} parameters")
-        else:
+        if not result:
             print(f"not finished, or scores are elsewhere (no result.json in {path.parent})")
-        for key in [key for key in ("groups", "nodes") if result and key in result]:
-            for seed, groups in zip(result["seeds"], result[key]):
+            return
+        print(f"{measured(result)} in %; {result['trainable_parameters']:,} parameters")
+        for key in ("groups", "nodes"):
+            for seed, groups in zip(result["seeds"], result.get(key, [])):
                 named = ["[" + ", ".join(group) + "]" for group in groups]
                 print(f"{key}, seed {seed}: {'  '.join(named) or 'none'}")
 
 
-COMMANDS = {"check": check_data, "zero-shot": functools.partial(main, ZERO_SHOT),
-            "probe": functools.partial(main, PROBE), "finetune": functools.partial(main, FINETUNE),
+COMMANDS = {"check": check_data, "zero-shot": ZERO_SHOT, "probe": PROBE, "finetune": FINETUNE,
             "table": table, "predict": predict, "show": show}
 
 
@@ -2822,14 +2820,18 @@ def commands(argv=None):
     if word in ("-h", "--help"):
         print(f"{usage}\n")
         for name, command in COMMANDS.items():
-            is_method = isinstance(command, functools.partial)
-            text = command.args[0].doc if is_method else command.__doc__.partition(": ")[2]
+            is_method = isinstance(command, Method)
+            text = command.doc if is_method else command.__doc__.partition(": ")[2]
             print(f"{name:11}{text.splitlines()[0]}")
         return
     if word not in COMMANDS:
         raise UserError(f"unknown command '{word}'{datasets.nearest(word, list(COMMANDS))}: use "
                         f"one of {', '.join(COMMANDS)}, or a method's file")
-    COMMANDS[word](rest)
+    command = COMMANDS[word]
+    if isinstance(command, Method):
+        main(command, rest)
+    else:
+        command(rest)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The first compares files, links resolved, and reads none. The others compare by 
 name, folder or link does not make another image.
 """
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import UserError, brief, warn_once
-from .images import _zip_file, shown
+from .images import opened, shown
 from .listing import file_of
 
 
@@ -26,16 +25,15 @@ def digest(item):
     """
     if isinstance(item, np.ndarray):
         return hashed(item.tobytes())
+    in_zip_file = isinstance(item, tuple) and isinstance(item[-1], str)
+    if not (in_zip_file or isinstance(item, (str, Path))):
+        return hashed(repr(name_of(item)).encode())
     try:
-        if isinstance(item, (str, Path)):
-            return hashed(Path(item).read_bytes())
-        if isinstance(item, tuple) and isinstance(item[-1], str):
-            archive, member = item
-            return hashed(_zip_file(archive, os.getpid()).read(member))
+        with opened(item) as file:
+            return hashed(file.read())
     except Exception as error:                  # zipfile raises zlib.error, RuntimeError and others
         raise UserError(f"{shown(item)} cannot be read ({brief(error)}): replace it or "
                         "remove it") from error
-    return hashed(repr(name_of(item)).encode())
 
 
 def hashed(content):

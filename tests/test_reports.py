@@ -95,8 +95,9 @@ def write_run(folder, seeds=(1, 2), zero_shot=None, method="coop_mt", **changes)
     accuracy = changes.pop("accuracy", dict(A=[60.0, 62.0], B=[40.0, 41.0]))
     usual = dict(A=[50.0] * len(seeds), B=[30.0] * len(seeds))
     result = dict({key: settings[key] for key in ("method", "data", "split", "shots", "clip")},
-                  seeds=seeds, tasks=["A", "B"], accuracy=accuracy, trainable_parameters=1234,
-                  zero_shot_by_seed=zero_shot or usual, settings=settings,
+                  seeds=seeds, tasks=["A", "B"], accuracy=accuracy,
+                  parameters_by_seed=[1234] * len(seeds), settings=settings,
+                  zero_shot_by_seed=zero_shot or usual,
                   tests=changes.pop("tests", [f"of seed {seed}" for seed in seeds]))
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(dict(result, **changes)))
@@ -112,7 +113,7 @@ def table(capsys, *words):
 def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     runs, out = tmp_path / "runs", tmp_path / "out"
     write_run(runs / "a")
-    write_run(runs / "b", seeds=[3], accuracy=dict(A=[64.0], B=[45.0]), trainable_parameters=1230)
+    write_run(runs / "b", seeds=[3], accuracy=dict(A=[64.0], B=[45.0]), parameters_by_seed=[1230])
     write_run(runs / "c", epochs=9, n_ctx=4)
     write_run(runs / "d", method="mmap", variant="with --no-specific", seeds=[7], n_ctx=4,
               epochs=10, accuracy=dict(A=[1.0], B=[3.0]))
@@ -237,7 +238,7 @@ def test_figures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, m
 @pytest.mark.parametrize("changes", [
     dict(zero_shot=[50.0, 30.0]),
     dict(zero_shot=dict(A=[50.0, 50.0], B=[30.0])),
-    dict(trainable_parameters=None),
+    dict(parameters_by_seed=None),
     dict(seeds=[1, 2, 3], zero_shot=dict(A=[50.0] * 3, B=[30.0] * 3)),
     dict(settings={})], ids=str)
 def test_a_damaged_result_is_named(changes, tmp_path):

@@ -263,13 +263,8 @@ def check(args, tasks):
                                    "has several: leave the task out")
 
 
-def n_text(args):
-    """b vectors stand before a class name."""
-    return args.n_ctx
-
-
 METHOD = common.Method("coop_mt", Args, __doc__, build, train, classify, defaults=defaults,
-                       check=check, n_text=n_text)
+                       check=check, n_text=lambda args: args.n_ctx)
 
 if __name__ == "__main__":
     common.script(METHOD)

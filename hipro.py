@@ -425,10 +425,9 @@ def plot(folder, result, rows):
                 mean = group_affinity(result["affinity"][k], a, b)
                 axes.text(height - 0.05, middle, f"{mean:.3g}", ha="right", va="center", fontsize=7)
         axes.text(height + 0.05, middle, f"root: all {len(names)} tasks", va="center")
-        axes.set_yticks(range(len(order)), order)
-        axes.set_xticks([])
+        axes.set(xticks=[], yticks=range(len(order)), yticklabels=order,
+                 title=f"task tree, seed {seed}")
         axes.spines[:].set_visible(False)
-        axes.set_title(f"task tree, seed {seed}")
         common.save_figure(figure, folder / f"tree-{seed}.png")
 
 
@@ -454,13 +453,9 @@ def check(args, tasks):
                                f"--data {args.data}: give fewer")
 
 
-def n_text(args):
-    """b vectors stand before a class name."""
-    return args.n_ctx
-
-
 METHOD = common.Method("hipro", Args, __doc__, build, train, classify, defaults=defaults,
-                       check=check, report=report, plot=plot, n_text=n_text, bound=True)
+                       check=check, report=report, plot=plot, bound=True,
+                       n_text=lambda args: args.n_ctx)
 
 if __name__ == "__main__":
     common.script(METHOD)

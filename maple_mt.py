@@ -150,13 +150,8 @@ def check(args, tasks):
         texts_of(args, tasks)
 
 
-def n_text(args):
-    """b prompts stand before a class name."""
-    return args.n_ctx
-
-
 METHOD = common.Method("maple_mt", Args, __doc__, build, train, classify, defaults=defaults,
-                       check=check, n_text=n_text, image_prompts=True)
+                       check=check, n_text=lambda args: args.n_ctx, image_prompts=True)
 
 if __name__ == "__main__":
     common.script(METHOD)

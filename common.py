@@ -84,7 +84,8 @@ def load_method(name):
 
     Raises UserError when there is no such file.
     """
-    alias, path = f"method_{name}", HERE / f"{name}.py"
+    alias = f"method_{name}"
+    path = HERE / f"{name}.py"
     if alias in sys.modules:
         return sys.modules[alias]
     if not name.isidentifier() or not path.is_file():       # no path: it may stand in a file
@@ -245,7 +246,7 @@ def _download(url, path):
     """Write the file at `url` to `path`: whole and with the SHA-256 of its source, or not at all.
 
     OpenAI's URLs contain the SHA-256. Hugging Face's is in the header X-Linked-ETag, or in ETag
-    where the host sends the file itself; the ETag of the server behind a redirect is another.
+    where the host sends the file itself; the ETag of a server after a redirect is another hash.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     redirects = _Redirects()
@@ -312,7 +313,7 @@ def _unreadable(error):
 
 
 def tokenize(class_names, n_ctx=0, template="{}"):
-    """Token ids [C, T] of `[SOS] X X .. X class name . [EOS]` (CoOp), zeros behind EOS.
+    """Token ids [C, T] of `[SOS] X X .. X class name . [EOS]` (CoOp), zeros after EOS.
 
     n_ctx: the number of placeholders X, which learned prompts overwrite. template wraps the name
     and has no full stop of its own, e.g. "a photo of a {}". T is the longest row, not 77: a causal
@@ -343,8 +344,8 @@ def _encoding(model, *inputs):
     """The context of an encoder's pass; yields the function that runs one of its layers.
 
     The precision is that of `--precision` (an attribute of the model): "auto" is bfloat16 on a GPU
-    that has it, on another GPU float16 where no gradient is wanted, otherwise float32. Weights and
-    prompts stay float32. There are no gradients where neither inputs nor weights want one, so that
+    that has it, on another GPU float16 where no gradient is needed, otherwise float32. Weights and
+    prompts stay float32. Gradients are off where neither inputs nor weights need them, so that
     a frozen encoder runs in half precision on every GPU. With `--recompute` a layer is computed
     again in the backward pass instead of being kept.
     """
@@ -429,7 +430,7 @@ def encode_text(model, tokens, prompts=None, sets=None):
     Raises ValueError where prompts do not fit the encoder.
 
     Shared prefix: before a class name stand [SOS] and the prompts, and in a causal encoder nothing
-    behind them changes them. So they are computed once per set, and each class's own tokens (name,
+    after them changes them. So they are computed once per set, and each class's own tokens (name,
     full stop, EOS) attend to the set's keys and values. In the last layer only EOS has a query.
     """
     blocks = model.transformer.resblocks
@@ -501,7 +502,7 @@ def encode_image(model, images, prompts=None, sets=None):
 
     prompts: None, [L, n, d] (one set for every image) or [L, S, n, d] with sets [B] saying which of
     the S sets an image takes (sets=None: S = B), for the first L layers of a ViT. They enter a
-    layer's input right behind the class token, as they are; deeper layers' replace the previous
+    layer's input right after the class token, as they are; deeper layers' replace the previous
     ones; after layer L they flow on. In the last layer only the class token has a query.
     images may also be features [B, D] that `batches(frozen=True)` has computed once: they are
     returned. Raises UserError for prompts given to a ResNet, ValueError for prompts that do not
@@ -1094,16 +1095,18 @@ def inherited(method, read):
                             f"{said(key, now, getattr(default, key))}: leave the flag out, or "
                             "start another run in another --out")
     check_backbone(saved, args.clip, owner)
-    if not given.resume and args.split != usual["split"] and args.shots == usual["shots"]:
+    new_split = args.split != usual["split"]
+    new_shots = args.shots != usual["shots"]
+    if new_split and not new_shots:
         args.shots = None
-    elif not given.resume and args.shots != usual["shots"] and args.split == usual["split"]:
+    if new_shots and not new_split:
         args.split = None
     return args
 
 
 def check_kinds(args):
-    """ValueError where a saved value is a number that its flag would not take: tyro lets 3 pass for
-    one of some words, and 2.5 for a whole number."""
+    """ValueError for a saved number that its flag would not take and tyro lets pass: 3 where it is
+    one of some words, 2.5 where it is a whole number."""
     for key, hint in get_type_hints(type(args)).items():
         value = getattr(args, key)
         words = get_args(hint) if get_origin(hint) is Literal else [value]
@@ -1181,9 +1184,10 @@ def chosen_device(device):
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device).item()
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(torch.zeros(1, device=device).device)
+        tried = torch.zeros(1, device=device)
+        tried.item()
+        if tried.device.type == "cuda":
+            torch.cuda.set_device(tried.device)
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:
@@ -1496,7 +1500,8 @@ class Run:
         return self.finished["rows"] + self.running["rows"]
 
     def _write_log(self):
-        text, rows = io.StringIO(), self.rows()
+        text = io.StringIO()
+        rows = self.rows()
         columns = list(dict.fromkeys(key for row in rows for key in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -1999,9 +2004,11 @@ def print_table(result):
     if result["trainable_parameters"]:
         share = 100 * result["trainable_parameters"] / result["clip_parameters"]
         count = f"{result['trainable_parameters']:,} trainable parameters ({share:.2f}% of CLIP's)"
-        line = f"{count}; {line}; trained in {statistics.mean(result['seconds']):.0f} s per seed"
+        line = f"{count}; {line}"
     if settings.get("eval"):
-        line = f"{line.partition('; trained in')[0]}; scored from {settings['eval']}"
+        line += f"; scored from {settings['eval']}"
+    elif result["trainable_parameters"]:
+        line += f"; trained in {statistics.mean(result['seconds']):.0f} s per seed"
     print(f"\n{line}")
     for key in MATRICES:
         for seed, matrix in zip(result["seeds"], result.get(key, [])):
@@ -2042,7 +2049,9 @@ def legend_beside(axis):
 def plot_run(folder, result, plot):
     """accuracy.png, loss.png, losses.png (by task), a figure per matrix, and the method's own."""
     import pandas
-    names, rows, plt = result["tasks"], read_log(folder), pyplot()
+    names = result["tasks"]
+    rows = read_log(folder)
+    plt = pyplot()
     accuracy = pandas.DataFrame(result["accuracy"])                 # [seeds, tasks]
     bars = pandas.DataFrame({"zero-shot CLIP": result["zero_shot"],
                              method_of_result(result["method"]).title: accuracy.mean()}).loc[names]
@@ -2311,7 +2320,7 @@ def check_finetune(args, tasks):
 class Weights(nn.Module):
     """What `finetune` trains, and `clip`, the CLIP that it belongs to.
 
-    "all" and "bias": parameters of a copy of CLIP. "adapter": CLIP-Adapter's bottlenecks behind the
+    "all" and "bias": parameters of a copy of CLIP. "adapter": CLIP-Adapter's bottlenecks after the
     frozen CLIP itself. The state dict holds what is trained and nothing else.
     """
 
@@ -2340,8 +2349,10 @@ class Weights(nn.Module):
 
 def build_weights(args, model, tasks):
     """The untrained weights: those of CLIP, or new adapters."""
-    n = dict(task=len(tasks), shared=1)[args.adapters] if args.train == "adapter" else 0
-    return Weights(model, args.train, n, args.ratio)
+    n_adapters = 0
+    if args.train == "adapter":
+        n_adapters = len(tasks) if args.adapters == "task" else 1
+    return Weights(model, args.train, n_adapters, args.ratio)
 
 
 def train_weights(args, model, tasks, run):
@@ -2349,10 +2360,11 @@ def train_weights(args, model, tasks, run):
     weights = build_weights(args, model, tasks)
     texts = Texts(tasks, templates=True).to(model.logit_scale.device)
     frozen = args.train == "adapter"
-    optimizer, schedule = sgd(args, weights)
     if args.train == "all":
         optimizer = torch.optim.AdamW(weights.parameters(), args.lr, weight_decay=0.1)
         schedule = scheduled(args, optimizer)
+    else:
+        optimizer, schedule = sgd(args, weights)
     w = encode_text(model, texts.tokens) if frozen else None                    # [C, D], fixed
     for _ in run.epochs("train", args.epochs, prompts=weights, optimizer=optimizer,
                         schedule=schedule):

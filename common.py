@@ -1868,8 +1868,8 @@ def script(command):
 MATRICES = ["similarity", "affinity", "transfer"]       # a row is a source task, a column a target
 # the settings by which a run stands beside a paper's column, or another run's; and their values
 # where a column does not say
-SETTINGS = ("method variant data split shots clip epochs lr batch_size batches n_ctx views "
-            "min_crop warm_up").split()
+TRAINING = "epochs lr batch_size batches n_ctx views min_crop warm_up".split()
+SETTINGS = ["method", "variant", "data", "split", "shots", "clip", *TRAINING]
 UNSAID = dict(batches="tasks", views=0, min_crop=0.08, warm_up=0)
 
 
@@ -1941,7 +1941,7 @@ def paper_columns(result):
         differ = [key for key in keys if column.get(key, UNSAID.get(key)) != settings[key]]
         if not differ:
             same.append(column)
-        elif len(differ) == 1 and differ[0] in SETTINGS[6:]:
+        elif len(differ) == 1 and differ[0] in TRAINING:
             near = near or (column, differ[0])
     return same, None if same else near
 
@@ -2115,10 +2115,6 @@ def plot_matrix(path, matrix, names, title):
 
 # ----------------------------------------------- columns of the papers' tables that train no prompt
 
-class Nothing(nn.Module):
-    """The prompts of zero-shot CLIP."""
-
-
 @dataclass
 class ZeroShotArgs(DataArgs):
     """Zero-shot CLIP: one template or an ensemble of them; the seeds draw the test images alone."""
@@ -2127,8 +2123,8 @@ class ZeroShotArgs(DataArgs):
 
 
 def no_prompts(*_):
-    """Zero-shot CLIP has nothing to train."""
-    return Nothing()
+    """The prompts of zero-shot CLIP, which trains nothing: an empty module."""
+    return nn.Module()
 
 
 def zero_shot_classify(args, model, tasks, prompts):
@@ -2468,9 +2464,6 @@ class TableArgs:
     plot: bool = False  # also draw accuracy against parameters and against shots into --out
 
 
-COLUMN = [key for key in (*SETTINGS, "precision") if key not in ("data", "split", "shots", "clip")]
-
-
 def table(argv):
     """`python common.py table runs/`: finished runs side by side, as the papers' tables are."""
     args = command_line("table", TableArgs, argv)
@@ -2620,7 +2613,7 @@ def label_of(settings):
     args = saved_args(method, settings)
     usual = replace(method.Args(), **method.defaults(args))
     words = [settings["variant"]] if settings["variant"] else []
-    for key in COLUMN[2:]:
+    for key in (*TRAINING, "precision"):
         value = getattr(args, key, None)
         if key in settings and value != getattr(usual, key, None):
             words.append(said(key, value))

@@ -337,9 +337,9 @@ def test_the_upper_step_follows_the_truncated_series_written_out(small, n):
 
 
 def test_the_peak_of_an_upper_step_does_not_grow_with_the_tasks():
-    """Three times the tasks, each of as many classes and images: one graph is there at a time."""
+    """Five times the tasks, each of as many classes and images: one graph is there at a time."""
     peaks = []
-    for n in (2, 6):
+    for n in (2, 10):
         with Memory() as memory:
             step = prepared("jscpt upper", dict(TINY, image_resolution=16), [20] * n, 6)
             weights = memory.peak = memory.now

@@ -2593,6 +2593,7 @@ def rows_of(result):
         for task in accuracy:
             rows.append(dict(shared, task=task, seed=seed, tests=result["tests"][i],
                              parameters=result["parameters_by_seed"][i],
+                             seconds=result["seconds"][i],
                              zero_shot=zero_shot[task], accuracy=accuracy[task]))
     return rows
 
@@ -2622,14 +2623,16 @@ def label_of(settings):
 
 
 def layout(part, baseline=None):
-    """A table of cells, a row per task, average, seeds, parameters; a column per label.
+    """A table of cells, a row per task, average, seeds, parameters, seconds of training per seed; a
+    column per label.
 
     With a baseline also "minus baseline": the mean difference of the averages, paired by seed, and
     its standard error.
     """
     import pandas
     zero_shot = part.drop_duplicates(["task", "seed"])
-    zero_shot = zero_shot.assign(label="zero-shot", accuracy=zero_shot.zero_shot, parameters=0)
+    zero_shot = zero_shot.assign(label="zero-shot", accuracy=zero_shot.zero_shot, parameters=0,
+                                 seconds=0)
     every = pandas.concat([zero_shot, part[part.label != "zero-shot"]])
     scores = every.groupby(["task", "label"], sort=False).accuracy.apply(list).unstack()
     tasks = [task for task in dict.fromkeys(every.task) if task != "average"]
@@ -2639,6 +2642,7 @@ def layout(part, baseline=None):
     cells.loc["seeds"] = columns.seed.unique().map(lambda x: " ".join(map(str, sorted(x))))
     cells.loc["parameters"] = columns.parameters.unique().map(
         lambda x: " to ".join(f"{count:,}" for count in sorted({min(x), max(x)})))
+    cells.loc["training, s per seed"] = columns.seconds.mean().map("{:,.0f}".format)
     if baseline:
         averages = every[every.task == "average"].pivot_table("accuracy", "seed", "label")
         minus = averages.sub(averages[baseline], axis=0).drop(columns=baseline)
@@ -2692,28 +2696,49 @@ def plot_parameters(out, runs):
 
 
 def plot_shots(out, runs):
-    """shots.png: accuracy against shots, a panel per task (MmAP, Figure 4; HiPro, Figure 6)."""
+    """shots.png: gain over zero-shot CLIP by images per class, mean ± standard error over seeds;
+    the average large, the tasks small (MmAP, Figure 4; HiPro, Figure 6)."""
     runs = runs[runs.shots.notna() & (runs.label != "zero-shot")]
+    runs = runs.assign(gain=runs.accuracy - runs.zero_shot)
     groups = [part for _, part in runs.groupby(["data", "clip"]) if part.shots.nunique() > 1]
     if not groups:
         return []
-    most = max(part.task.nunique() for part in groups)
-    figure, axes = pyplot().subplots(len(groups), most, figsize=(3.5 * most, 3.5 * len(groups)),
-                                     squeeze=False, layout="tight")
-    for row, part in zip(axes, groups):
-        for axis in row[part.task.nunique():]:
-            axis.axis("off")
-        for axis, (task, panel) in zip(row, part.groupby("task", sort=False)):
-            scores = panel.groupby(["shots", "label"], sort=False).accuracy
-            scores.mean().unstack().plot(ax=axis, yerr=scores.std().unstack().fillna(0), marker="o",
-                                         xticks=panel.shots.unique(), legend=False)
-            before = panel.drop_duplicates(["shots", "seed"]).groupby("shots").zero_shot.mean()
-            axis.plot(before, "--", color="grey", label="zero-shot CLIP")
-            axis.set(title=f"{part['data'].iloc[0]}, {part['clip'].iloc[0]}: {task}",
-                     xlabel="images per class", ylabel="accuracy (%)")
-        legend_beside(row[part.task.nunique() - 1])
+    figure = pyplot().figure(figsize=(11, 5 * len(groups)), layout="constrained")
+    for panels, part in zip(figure.subfigures(len(groups), squeeze=False)[:, 0], groups):
+        tasks = [name for name in part.task.unique() if name != "average"]
+        side = math.ceil(math.sqrt(len(tasks)))
+        grid = panels.add_gridspec(side, 2 * side)
+        large = panels.add_subplot(grid[:, :side])
+        plot_gains(large, part[part.task == "average"], markersize=6)
+        data, backbone = part[["data", "clip"]].iloc[0]
+        large.set(title="average", xlabel=f"images per class ({data}, {backbone})",
+                  ylabel="gain over zero-shot CLIP (points)")
+        large.legend(fontsize=8)
+        for i, name in enumerate(tasks):
+            small = panels.add_subplot(grid[i // side, side + i % side])
+            plot_gains(small, part[part.task == name], markersize=3)
+            small.set_title(name, fontsize=8)
+            small.tick_params(labelsize=7)
     save_figure(figure, out / "shots.png")
     return ["shots.png"]
+
+
+def plot_gains(axis, part, markersize):
+    """A point per column at each number of shots, side by side; columns of one method have its
+    colour and differ in their markers."""
+    shots, labels = sorted(part.shots.unique()), list(part.label.unique())
+    methods = list(dict.fromkeys(label.split(",")[0] for label in labels))
+    gains = part.groupby(["label", "shots"]).gain
+    means, errors = gains.mean().unstack(), gains.sem().unstack()
+    for i, label in enumerate(labels):
+        method = label.split(",")[0]
+        alike = [other for other in labels if other.split(",")[0] == method]
+        place = 0.8 * ((i + 0.5) / len(labels) - 0.5)
+        axis.errorbar([place + k for k in range(len(shots))], means.loc[label, shots],
+                      errors.loc[label, shots], label=label, color=f"C{methods.index(method) % 10}",
+                      marker="os^Dv"[alike.index(label) % 5], markersize=markersize, linewidth=0.6)
+    axis.axhline(0, color="grey", linestyle="--", linewidth=0.8)
+    axis.set_xticks(range(len(shots)), [f"{n:g}" for n in shots])
 
 
 @dataclass

@@ -97,6 +97,7 @@ def write_run(folder, seeds=(1, 2), zero_shot=None, method="coop_mt", **changes)
     result = dict({key: settings[key] for key in ("method", "data", "split", "shots", "clip")},
                   seeds=seeds, tasks=["A", "B"], accuracy=accuracy,
                   parameters_by_seed=[1234] * len(seeds), settings=settings,
+                  seconds=[90.0, 110.0, 130.0][:len(seeds)],
                   zero_shot_by_seed=zero_shot or usual,
                   tests=changes.pop("tests", [f"of seed {seed}" for seed in seeds]))
     folder.mkdir(parents=True)
@@ -121,7 +122,7 @@ def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     write_run(runs / "f", split=0.1, shots=None)
     rows, err = table(capsys, runs, "--out", out)
     assert "left out: 1 run of --validate" in err
-    assert rows[:8] == [
+    assert rows[:9] == [
         ["pets, 4 shots, tiny"],
         ["zero-shot", "CoOp-MT", "CoOp-MT, --epochs 9, --n-ctx 4", "MmAP, --no-specific"],
         ["A", "50.0 ± 0.0", "62.0 ± 2.0", "61.0 ± 1.4", "1.0"],
@@ -129,8 +130,9 @@ def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
         ["average", "40.0 ± 0.0", "52.0 ± 2.3", "50.8 ± 1.1", "2.0"],
         ["seeds", "1 2 3 7", "1 2 3", "1 2", "7"],
         ["parameters", "0", "1,230 to 1,234", "1,234", "1,234"],
+        ["training, s per seed", "0", "97", "100", "90"],
         [""]]
-    assert rows[8] == ["pets, split 0.1, tiny"]
+    assert rows[9] == ["pets, split 0.1, tiny"]
     markdown = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert markdown[0] == "**pets, 4 shots, tiny**"
     assert markdown[4] == "| A | 50.0 ± 0.0 | 62.0 ± 2.0 | 61.0 ± 1.4 | 1.0 |"
@@ -212,10 +214,14 @@ def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, cap
 
 
 def test_figures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, monkeypatch):
+    """Zero-shot CLIP has 50 and 30, so that A gains 1 and 11, B 20 and 30; methods stand side by
+    side, a method and its variant in one colour."""
     for shots, low in ((1, 50.0), (4, 60.0)):
         accuracy = dict(A=[low, low + 2], B=[low, low])
         write_run(tmp_path / f"{shots}", shots=shots, accuracy=accuracy)
-    drawn = {}
+        write_run(tmp_path / f"{shots}-single", shots=shots, variant="with --single-task")
+        write_run(tmp_path / f"{shots}-mmap", shots=shots, method="mmap", n_ctx=4, epochs=10)
+    drawn, axes = {}, {}
     plt = common.pyplot()
     with monkeypatch.context() as patch:
         patch.setattr(plt, "close", lambda figure: None)
@@ -225,11 +231,21 @@ def test_figures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, m
             lines = [line.get_data() for line in axis.lines]
             lines = [(list(x), list(y)) for x, y in lines]
             drawn[axis.get_xlabel(), axis.get_title()] = lines
+            axes[axis.get_title()] = axis
     plt.close("all")
-    first = drawn["images per class", "pets, tiny: A"]
-    assert ([1, 4], [51.0, 61.0]) in first
-    assert ([1, 4], [50.0, 50.0]) in first      # zero-shot CLIP
-    assert ([1, 4], [50.5, 60.5]) in drawn["images per class", "pets, tiny: average"]
+    panels = [axes[name] for name in ("average", "A", "B")]
+    gains = [panel.lines[0].get_ydata().tolist() for panel in panels]
+    assert gains == [[10.5, 20.5], [1.0, 11.0], [20.0, 30.0]]
+    places = torch.tensor([line.get_xdata().tolist() for line in panels[1].lines[:3]])
+    wanted = torch.tensor([[-4 / 15], [0], [4 / 15]]) + torch.arange(2)
+    assert (places - wanted).abs().max() < 1e-6
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["1", "4"]
+    widths = [panel.get_position().width for panel in panels]
+    assert widths[0] > 1.9 * widths[1]
+    names = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert names == ["CoOp-MT", "CoOp-MT, --single-task", "MmAP"]
+    colours = [line.get_color() for line in panels[0].lines[:3]]
+    assert colours[0] == colours[1] != colours[2]
     assert ([1234], [50.5]) in drawn["trainable parameters", "pets, 1 shot, tiny"]
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"table.md", "table.csv", "parameters.png", "shots.png"}

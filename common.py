@@ -964,7 +964,7 @@ class DataArgs:
     data: str = "emoji"
     split: float | None = None  # fraction of each class to train on
     shots: int | None = None  # images of each class to train on (6 for the built-in data)
-    seeds: tuple[int, ...] = (1,)  # one training per seed, reported as mean ± std
+    seeds: tuple[int, ...] = (1,)  # as in 1 2 3: one training per seed, reported as mean ± std
     # backbone: a name of the clip package, "tiny" (built-in data), or a file
     clip: str = "ViT-B/16"
     root: str = "data"  # folder that holds the datasets

@@ -57,10 +57,10 @@ def find(name, root):
         raise UserError(f"there is no folder {name}: --data takes the name of a "
                         "benchmark, a folder domain/class/*.jpg, or name=folder")
     close = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.4)
-    hint = "it is not a folder, and the benchmarks are"
+    hint = f"it is not a folder, and the benchmarks are {', '.join(BENCHMARKS)}"
     if close:
-        hint = f"did you mean '{close[0]}'? The benchmarks are"
-    raise UserError(f"--data {name or 'of nothing'} is unknown: {hint} {', '.join(BENCHMARKS)}")
+        hint = f"did you mean '{close[0]}'?"
+    raise UserError(f"--data {name or 'of nothing'} is unknown: {hint}")
 
 
 def chosen(benchmark, listings, patterns):

@@ -2,8 +2,8 @@
 
 Read it in this order: `encode_text` and `encode_image` put prompts into an untouched `clip` model;
 `Texts`, `batches` and `task_losses` make the loss of a training step; `evaluate` scores. `Method`
-says what a method is: three functions and their settings (`Args`). `main` runs one as a command:
-`parse` reads the settings, a `Run` keeps checkpoints and results, `print_table` closes.
+defines a method: three functions and their settings (`Args`). `main` runs it as a command: `parse`
+reads the settings, a `Run` saves checkpoints and results, `print_table` prints the closing table.
 
     model, preprocess = load_clip("tiny", "cpu")
     task = load_tasks("emoji", shots=6)[0]
@@ -60,7 +60,7 @@ from tqdm import tqdm
 import data as datasets
 from data import Images, Task, UserError, hold_out, load_tasks, read_image
 
-# clip imports `packaging` from pkg_resources, which newer releases of setuptools no longer have
+# clip imports `packaging` from pkg_resources, which newer releases of setuptools no longer include
 without_pkg_resources = "pkg_resources" not in sys.modules
 if without_pkg_resources:
     sys.modules["pkg_resources"] = SimpleNamespace(packaging=packaging)
@@ -80,15 +80,15 @@ __all__ = ["Images", "Task", "UserError", "hold_out", "load_tasks", "read_image"
 
 
 def load_method(name):
-    """The module of a method file, loaded by path: `load_method("mmap")` shadows no other module.
+    """A method file as a module, loaded by path: `load_method("mmap")` shadows no other module.
 
-    Raises UserError when there is no such file.
+    Raises UserError if there is no such file.
     """
     alias = f"method_{name}"
     path = HERE / f"{name}.py"
     if alias in sys.modules:
         return sys.modules[alias]
-    if not name.isidentifier() or not path.is_file():       # no path: it may stand in a file
+    if not name.isidentifier() or not path.is_file():   # the name may come from a saved file
         raise UserError(f"there is no method file {path}")
     spec = importlib.util.spec_from_file_location(alias, path)
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
@@ -98,8 +98,8 @@ def load_method(name):
 
 # ------------------------------------------------------------------------------------------- CLIP
 
-ACCEPTED = ("give a TorchScript archive as OpenAI ships them, or a state dict (.pt, .bin or "
-            ".safetensors) with the names of OpenAI's CLIP, OpenCLIP or transformers' CLIPModel")
+ACCEPTED = ("give a TorchScript archive like OpenAI's, or a state dict (.pt, .bin or .safetensors) "
+            "with the parameter names of OpenAI's CLIP, OpenCLIP or transformers' CLIPModel")
 
 # OpenCLIP's copies of OpenAI's weights: repositories of huggingface.co/timm
 COPIES = {
@@ -113,9 +113,9 @@ COPIES = {
     "ViT-L/14": "vit_large_patch14_clip_224.openai",
     "ViT-L/14@336px": "vit_large_patch14_clip_336.openai",
 }
-TIMEOUT = 20        # seconds without an answer from a host
+TIMEOUT = 20        # seconds to wait for a host
 
-# what transformers' CLIPModel calls a tensor, and what OpenAI's CLIP calls it; first to last
+# transformers' tensor names -> OpenAI's, replaced in this order
 OPENAI_NAMES = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.embeddings.": "",
@@ -140,14 +140,14 @@ def load_clip(name, device="cpu"):
     """A frozen float32 CLIP in eval mode, and its image preprocessing: (model, preprocess).
 
     name: one of `clip.available_models()` (downloaded once to ~/.cache/clip), "tiny" (the built-in
-    backbone), or the path of a checkpoint: a TorchScript archive as OpenAI ships them, or a state
-    dict (.pt, .bin, .safetensors) with the names of OpenAI's CLIP, OpenCLIP or transformers'
+    backbone), or the path of a checkpoint: a TorchScript archive like OpenAI's, or a state dict
+    (.pt, .bin, .safetensors) with the parameter names of OpenAI's CLIP, OpenCLIP or transformers'
     CLIPModel. No pickled code is run.
     A checkpoint doesn't record its activation: GELU weights load without an error and give wrong
-    features, except where a config file beside them says GELU. Nor does it record the number of
-    attention heads, which is taken to be width / 64 as in OpenAI's models, or the mean and standard
-    deviation of its images' preprocessing, which are taken to be OpenAI's.
-    Raises UserError for an unknown name, a failed download, and a file that is not such a
+    features, unless a config file beside them says GELU, which is rejected. Nor does it record the
+    number of attention heads, assumed to be width / 64 as in OpenAI's models, or the mean and
+    standard deviation of its image preprocessing, assumed to be OpenAI's.
+    Raises UserError for an unknown name, a failed download, or a file that is not such a
     checkpoint.
     """
     check_clip(name)
@@ -161,16 +161,16 @@ def load_clip(name, device="cpu"):
         if (model.context_length, model.vocab_size) != (77, 49408):
             raise ValueError(f"its text encoder has {model.context_length} positions and "
                              f"{model.vocab_size} tokens, not 77 and 49408")
-    except Exception as error:      # foreign files fail anywhere between unpickling and building
-        remedy = "move it away to have it downloaded again" if name in COPIES else ACCEPTED
-        raise UserError(f"{path} is not a CLIP checkpoint that can be used "
-                        f"({_unreadable(error)}): {remedy}") from error
+    except Exception as error:      # an arbitrary file can fail anywhere, from reading to building
+        remedy = "move it away to download it again" if name in COPIES else ACCEPTED
+        raise UserError(f"{path} is not a usable CLIP checkpoint ({_unreadable(error)}): "
+                        f"{remedy}") from error
     model = model.eval().requires_grad_(False).to(device)
     return model, clip.clip._transform(model.visual.input_resolution)
 
 
 def _read_checkpoint(path):
-    """What a checkpoint file holds, read without running any pickled code."""
+    """The contents of a checkpoint file, read without running any pickled code."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
         return load_file(path)
@@ -183,7 +183,7 @@ def _read_checkpoint(path):
 
 
 def _openai_names(saved):
-    """The state dict {name: tensor} of OpenAI's CLIP from one of OpenAI, OpenCLIP or transformers.
+    """An OpenAI, OpenCLIP or transformers state dict {name: tensor}, renamed to OpenAI's names.
 
     A training checkpoint {"state_dict": ...} and the prefix `module.` are unwrapped.
     """
@@ -203,17 +203,17 @@ def _openai_names(saved):
 
 
 def _downloaded(name):
-    """The path of OpenAI's weights in ~/.cache/clip, downloaded where they are missing.
+    """The path of OpenAI's weights in ~/.cache/clip, downloaded if missing.
 
     Sources: OpenAI's host, then OpenCLIP's copy on Hugging Face, or on the host in HF_ENDPOINT.
-    Raises UserError where neither gives them.
+    Raises UserError if both fail.
     """
     folder = Path("~/.cache/clip").expanduser()
     url, copy = clip.clip._MODELS[name], COPIES[name]
     archive, copied = folder / url.split("/")[-1], folder / f"{copy}.safetensors"
     if archive.is_file() and _sha256(archive) not in url:
-        raise UserError(f"{archive} is not OpenAI's file (its SHA-256 is another): move it away to "
-                        "have it downloaded again")
+        raise UserError(f"{archive} is not OpenAI's file (its SHA-256 differs): move it away to "
+                        "download it again")
     for path in (archive, copied):
         if path.is_file():
             return path
@@ -243,10 +243,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _download(url, path):
-    """Write the file at `url` to `path`: whole and with the SHA-256 of its source, or not at all.
+    """Write the file at `url` to `path` only if it is complete and has its source's SHA-256.
 
     OpenAI's URLs contain the SHA-256. Hugging Face's is in the header X-Linked-ETag, or in ETag
-    where the host sends the file itself; the ETag of a server after a redirect is another hash.
+    if the host sends the file itself; after a redirect, ETag is a different hash.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     redirects = _Redirects()
@@ -262,7 +262,7 @@ def _download(url, path):
             with open(part, "wb") as file, tqdm.wrapattr(response, "read", **bar) as body:
                 shutil.copyfileobj(body, file)
             if _sha256(part) != hashes[0]:
-                raise ValueError("the file arrives incomplete or changed: its SHA-256 is another")
+                raise ValueError("the download is incomplete or altered: its SHA-256 differs")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -275,7 +275,7 @@ def _sha256(path):
 
 def check_clip(name):
     """Raise UserError for a backbone that is neither a known name nor a file, or that was trained
-    with GELU in place of QuickGELU, as a config file of OpenCLIP or transformers beside it says.
+    with GELU instead of QuickGELU according to an OpenCLIP or transformers config file beside it.
     """
     if name in BACKBONES:
         return
@@ -288,8 +288,8 @@ def check_clip(name):
                         f"{', '.join(BACKBONES)} or the path of a file")
     for config in (path.with_name("open_clip_config.json"), path.with_name("config.json")):
         if _says_gelu(config):
-            raise UserError(f"{name} was trained with GELU, as {config} says, and OpenAI's CLIP "
-                            "has QuickGELU: use weights that were trained with QuickGELU")
+            raise UserError(f"{name} was trained with GELU, as {config} says, but OpenAI's CLIP "
+                            "uses QuickGELU: use weights that were trained with QuickGELU")
 
 
 def _says_gelu(config):
@@ -300,25 +300,25 @@ def _says_gelu(config):
             return not content["model_cfg"].get("quick_gelu", False)
         encoders = [content.get(f"{kind}_config", {}) for kind in ("text", "vision")]
         return any(part.get("hidden_act", "quick_gelu") != "quick_gelu" for part in encoders)
-    except (OSError, ValueError, AttributeError, TypeError):    # no such file, or one of others
+    except (OSError, ValueError, AttributeError, TypeError):    # no such file, or another kind
         return False
 
 
 def _unreadable(error):
-    if isinstance(error, pickle.UnpicklingError):   # torch's own text advises to run the file
-        return "it holds something else than tensors and plain values"
+    if isinstance(error, pickle.UnpicklingError):   # torch's message suggests running the file
+        return "it contains more than tensors and plain values"
     if isinstance(error, (KeyError, AttributeError)):
-        return "it has no tensors with the names of a CLIP"
+        return "it lacks CLIP's tensors"
     return datasets.brief(error)
 
 
 def tokenize(class_names, n_ctx=0, template="{}"):
     """Token ids [C, T] of `[SOS] X X .. X class name . [EOS]` (CoOp), zeros after EOS.
 
-    n_ctx: the number of placeholders X, which learned prompts overwrite. template wraps the name
-    and has no full stop of its own, e.g. "a photo of a {}". T is the longest row, not 77: a causal
-    encoder that is read at EOS never sees what follows.
-    Raises UserError where a row is longer than CLIP's 77 positions.
+    n_ctx: the number of placeholders X, which learned prompts overwrite. template: wraps the name,
+    without the final full stop, e.g. "a photo of a {}". T is the length of the longest row, not
+    77: a causal encoder that is read at EOS never sees what follows it.
+    Raises UserError if a row is longer than CLIP's 77 positions.
     """
     words = clip.clip._tokenizer
     start, end = words.encoder["<|startoftext|>"], words.encoder["<|endoftext|>"]
@@ -341,13 +341,13 @@ def tokenize(class_names, n_ctx=0, template="{}"):
 
 @contextlib.contextmanager
 def _encoding(model, *inputs):
-    """The context of an encoder's pass; yields the function that runs one of its layers.
+    """The context of an encoder's forward pass; yields the function that runs each of its layers.
 
-    The precision is that of `--precision` (an attribute of the model): "auto" is bfloat16 on a GPU
-    that has it, on another GPU float16 where no gradient is needed, otherwise float32. Weights and
-    prompts stay float32. Gradients are off where neither inputs nor weights need them, so that
-    a frozen encoder runs in half precision on every GPU. With `--recompute` a layer is computed
-    again in the backward pass instead of being kept.
+    The precision is `--precision` (an attribute of the model). "auto" is bfloat16 on a GPU that
+    supports it, float16 on other GPUs if no gradient is needed, and float32 otherwise. Weights and
+    prompts stay float32. Gradients are off if neither inputs nor weights need them, so that a
+    frozen encoder runs in half precision on every GPU. With `--recompute`, layers are recomputed in
+    the backward pass instead of being stored.
     """
     wanted = torch.is_grad_enabled() and any(
         x.requires_grad for x in (*inputs, *model.parameters()) if x is not None)
@@ -373,16 +373,16 @@ def _heads(x, attention):
 
 def _mlp(block, x):
     """x + MLP(LN(x)), with QuickGELU as one silu: x sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
-    hidden = block.mlp.c_fc(block.ln_2(x)) * 1.702      # in place, autograd would copy slices
+    hidden = block.mlp.c_fc(block.ln_2(x)) * 1.702      # `*=` would make autograd copy slices
     return x + block.mlp.c_proj(F.silu(hidden).mul_(1 / 1.702))
 
 
 def _text_layer(block, x, S, P, C, set_of, mask, eos):
     """One layer of the text encoder on prefixes and classes.
 
-    x [S*P + C*t, d]: the S prefixes of P tokens, then the own t tokens of C texts. set_of: the
-    prefix of each text [C], or None where each has C / S texts in a row. mask [t, t], or in the
-    last layer [C, 1, t], where eos [C] are the rows of x whose output is wanted: returns [C, d].
+    x [S*P + C*t, d]: S prefixes of P tokens each, then C texts' own t tokens each. set_of [C]: the
+    prefix of each text, or None if each prefix has C / S consecutive texts. mask: [t, t]; in the
+    last layer [C, 1, t], with eos [C], the rows of x whose output [C, d] is returned.
     """
     attention, d = block.attn, x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -423,13 +423,13 @@ def _text_layer(block, x, S, P, C, set_of, mask, eos):
 def encode_text(model, tokens, prompts=None, sets=None):
     """Text features [C, D] (float32, not normalised) of tokens [C, T], for any `clip.model.CLIP`.
 
-    prompts: None, [L, n, d] (one set for every text) or [L, S, n, d] with sets [C] saying which of
-    the S sets a text takes (sets=None: S = C, a set for each), for the first L layers. Layer 0's
-    prompts take positions 1..n before the positional embedding is added, deeper layers' overwrite
-    positions 1..n of that layer's input; after layer L they flow on.
-    Raises ValueError where prompts do not fit the encoder.
+    prompts: None, [L, n, d] (one set for all texts) or [L, S, n, d] with sets [C], the index of
+    each text's set (sets=None: S = C, one set per text), for the first L layers. Layer 0's prompts
+    take positions 1..n before the positional embedding is added, deeper prompts overwrite positions
+    1..n of their layer's input; after layer L they continue as ordinary tokens.
+    Raises ValueError if prompts do not fit the encoder.
 
-    Shared prefix: before a class name stand [SOS] and the prompts, and in a causal encoder nothing
+    Shared prefix: [SOS] and the prompts precede the class name, and in a causal encoder nothing
     after them changes them. So they are computed once per set, and each class's own tokens (name,
     full stop, EOS) attend to the set's keys and values. In the last layer only EOS has a query.
     """
@@ -500,12 +500,12 @@ def _image_layer(block, x, last):
 def encode_image(model, images, prompts=None, sets=None):
     """Image features [B, D] (float32, not normalised) of images [B, 3, H, W], for any CLIP.
 
-    prompts: None, [L, n, d] (one set for every image) or [L, S, n, d] with sets [B] saying which of
-    the S sets an image takes (sets=None: S = B), for the first L layers of a ViT. They enter a
-    layer's input right after the class token, as they are; deeper layers' replace the previous
-    ones; after layer L they flow on. In the last layer only the class token has a query.
-    images may also be features [B, D] that `batches(frozen=True)` has computed once: they are
-    returned. Raises UserError for prompts given to a ResNet, ValueError for prompts that do not
+    prompts: None, [L, n, d] (one set for all images) or [L, S, n, d] with sets [B], the index of
+    each image's set (sets=None: S = B), for the first L layers of a ViT. They are inserted right
+    after the class token of a layer's input; deeper prompts replace the previous layer's; after
+    layer L they continue as ordinary tokens. In the last layer only the class token has a query.
+    images may also be features [B, D], precomputed by `batches(frozen=True)`, which are returned
+    unchanged. Raises UserError for prompts given to a ResNet, ValueError for prompts that do not
     fit.
     """
     if images.ndim == 2 and prompts is None:
@@ -513,7 +513,7 @@ def encode_image(model, images, prompts=None, sets=None):
     visual = model.visual
     if not hasattr(visual, "transformer"):
         if prompts is not None:
-            raise UserError("image prompts need a ViT backbone, and this one is a ResNet: "
+            raise UserError("image prompts need a ViT backbone, but this one is a ResNet: "
                             "use --clip ViT-B/16 or another ViT")
         with _encoding(model, images):
             return visual(images.type(model.dtype)).float()
@@ -547,7 +547,7 @@ def encode_image(model, images, prompts=None, sets=None):
 def logits(model, image_features, text_features):
     """CLIP's logits [B, C]: exp(logit_scale) times the cosine of [B, D] and [C, D].
 
-    text_features may be [B, C, D], where each image has texts of its own (CoCoOp).
+    text_features may be [B, C, D] if each image has its own texts (CoCoOp).
     """
     x, w = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     cosine = x @ w.t() if w.ndim == 2 else (w @ x[..., None])[..., 0]
@@ -559,13 +559,13 @@ def logits(model, image_features, text_features):
 class Texts:
     """The texts of all tasks as one batch for the text encoder.
 
-    tokens [C, T], sets [C]: what `encode_text` takes; mine [N, C]: which texts are which task's
-    classes; start [N]: a task's first column, from which its labels count. Tasks that agree in
-    prompt set and class names share rows.
+    tokens [C, T], sets [C]: arguments of `encode_text`; mine [N, C]: a mask of each task's classes;
+    start [N]: each task's first column, the offset of its labels. Tasks with the same prompt set
+    and class names share rows.
     """
 
     def __init__(self, tasks, n_ctx=0, sets=None, templates=False):
-        """sets[t]: the prompt set of task t (default 0); templates: write the tasks' templates."""
+        """sets[t]: the prompt set of task t (default 0); templates: use the tasks' templates."""
         sets = [0] * len(tasks) if sets is None else list(sets)
         rows, owners, found, start = [], [], {}, []
         for task, owner in zip(tasks, sets, strict=True):
@@ -584,7 +584,7 @@ class Texts:
             self.mine[t, start[t]:start[t] + len(task.class_names)] = True
 
     def to(self, device):
-        """Move what a step needs to a device (`sets` stay on the CPU, where they are read)."""
+        """Move what a step needs to a device (`sets` stays on the CPU, where it is read)."""
         self.tokens, self.start, self.mine = (x.to(device) for x in
                                               (self.tokens, self.start, self.mine))
         return self
@@ -607,9 +607,9 @@ def task_losses(model, image_features, text_features, labels, task, texts):
     """Every task's mean cross-entropy over its own classes, [N], MmAP's Eq. (5).
 
     image_features [B, D], text_features [C, D] (or [B, C, D], see `logits`), labels [B], task [B]
-    (an image's task number).
-    labels may also be a distribution over classes per image, [B, W], where images have several.
-    A task without images in the batch has a loss of zero, and no gradient.
+    (each image's task number).
+    labels may also be a distribution over classes per image, [B, W], if images have several.
+    A task without images in the batch has a loss of zero and no gradient.
     """
     mine, start = texts.mine.to(task.device), texts.start.to(task.device)
     scores = logits(model, image_features, text_features)                       # [B, C]
@@ -625,18 +625,18 @@ def task_losses(model, image_features, text_features, labels, task, texts):
 
 
 def nan_where_absent(losses, task):
-    """The tasks' losses [N], with NaN for those that have no image in the batch, for `Run.log`."""
+    """The tasks' losses [N], with NaN for tasks without images in the batch, for `Run.log`."""
     present = torch.zeros_like(losses, dtype=torch.bool).index_fill(0, task, True)
     return losses.detach().masked_fill(~present, math.nan)
 
 
-open_loader = functools.lru_cache(maxsize=1)(datasets.views)    # that of the current training
+open_loader = functools.lru_cache(maxsize=1)(datasets.views)    # the current training's loader
 close_loader = open_loader.cache_clear          # ends its worker processes
 _view_features = weakref.WeakKeyDictionary()    # Images -> (model, key, features [n, views, D])
 
 
 class PairMean(nn.Module):
-    """The mean [N, N] of a measurement of pairs of tasks, over the steps with images of both."""
+    """The mean [N, N] of a measurement on pairs of tasks, over the steps with images of both."""
 
     def __init__(self, n_tasks):
         super().__init__()
@@ -651,7 +651,7 @@ class PairMean(nn.Module):
         self.steps += both
 
     def mean(self):
-        """The means so far, 0 where there is none."""
+        """The means so far, 0 for pairs without one."""
         return self.total / self.steps.clamp(min=1)
 
 
@@ -665,13 +665,13 @@ def steps_per_epoch(args, tasks):
 def batches(args, model, tasks, frozen=False):
     """Yield the steps of an epoch: (images [B, 3, H, W], labels [B], task [B]).
 
-    Where an image has several labels, a step's are their distribution [B, W] (data.label_tensor).
-    args.batches "tasks": a batch of every task in one flat batch; an epoch ends when the largest
-    task has been seen once, smaller tasks cycle. "mixed": batches of the shuffled union of the
-    tasks, every image once. All draws are made from PyTorch's global generator before the first
-    step. args.views: fixed views per image; 0 draws fresh ones. frozen: no image prompts are
-    trained, so with fixed views each view is encoded once, and its features [B, D] are yielded.
-    Worker processes start with the first epoch of the tasks, and `close_loader` ends them.
+    If images have several labels, labels are distributions [B, W] (data.label_tensor).
+    args.batches "tasks": one batch from each task, concatenated; an epoch ends when the largest
+    task has been seen once, smaller tasks cycle. "mixed": batches from the shuffled union of the
+    tasks, every image once. All random draws are made from PyTorch's global generator before the
+    first step. args.views: fixed views per image; 0 draws fresh ones. frozen: no image prompts are
+    trained, so with fixed views each view is encoded once, and features [B, D] are yielded.
+    Worker processes start with the first epoch; `close_loader` ends them.
     """
     lists = tuple(task.train for task in tasks)
     size = model.visual.input_resolution
@@ -701,7 +701,7 @@ def batches(args, model, tasks, frozen=False):
         return features
 
     features = [encoded(t) for t in range(len(tasks))]
-    close_loader()                          # no step needs its images
+    close_loader()                          # the steps only need features
     for step in steps:
         yield (torch.stack([features[t][i, view] for t, i, view in step]),
                datasets.label_tensor([lists[t].labels[i] for t, i, _ in step]).to(device),
@@ -735,17 +735,16 @@ def _pixels(images, size, workers):
         position += len(chunk)
         for i, picture in zip(chunk, batch):
             if len(_kept) * 3 * size * size < ROOM:
-                _kept[keys[i]] = picture.clone(), images.items[i]               # the item lives on
+                _kept[keys[i]] = picture.clone(), images.items[i]   # keeps the item's id valid
         yield chunk, batch
 
 
 @torch.no_grad()
 def image_features(model, images, prompts=None, workers=None, tuned=None):
-    """(CLIP's own features [n, D], features under `prompts` [L, n_ctx, d] [n, D], labels [n]).
+    """(plain CLIP features [n, D], features with `prompts` [L, n_ctx, d] [n, D], labels [n]).
 
-    tuned: another CLIP, to compute the second features with. Without prompts and tuned these are
-    the first. An image is read and decoded once per process, and CLIP's own features of it are
-    computed once.
+    tuned: another CLIP, which computes the second features. Without prompts and tuned, both are
+    the same. Each image is decoded, and its plain features are computed, once per process.
     """
     device, size = model.logit_scale.device, model.visual.input_resolution
     keys = _keys(images, size)
@@ -773,9 +772,9 @@ def task_logits(args, model, tasks, t, classifiers, image_prompts=None, select=N
 
     classifiers: per task a matrix [C_t, D], multiplied with unit-length image features and scaled
     by exp(logit_scale), or a function of these features [n, D] that returns logits.
-    image_prompts: [L, S, n, d], S = 1 or N. select(x, t): what a method makes of a task's image
-    features [n, D]. tuned: the CLIP to encode images with, where it is not the frozen one.
-    Raises UserError where a logit is not a number.
+    image_prompts: [L, S, n, d], S = 1 or N. select(x, t): a function applied to a task's image
+    features [n, D]. tuned: the CLIP to encode images with, if it is not the frozen one.
+    Raises UserError if a logit is NaN.
     """
     prompts = None if image_prompts is None else image_prompts[:, t % image_prompts.shape[1]]
     frozen, x, labels = image_features(model, tasks[t].test, prompts, args.workers, tuned)
@@ -787,8 +786,8 @@ def task_logits(args, model, tasks, t, classifiers, image_prompts=None, select=N
     else:
         found = (tuned or model).logit_scale.exp() * x @ classifier.t()
     if found.isnan().any():
-        raise UserError(f"the training diverged: the features of {tasks[t].name} are no longer "
-                        "numbers: use a smaller --lr in another --out")
+        raise UserError(f"the training diverged, the features of {tasks[t].name} are NaN: use a "
+                        "smaller --lr and another --out")
     return found, frozen, labels
 
 
@@ -817,7 +816,7 @@ def zero_shot_classifiers(model, tasks):
 def apply_metric(metric, logits, labels):
     """A task's metric, in %, of logits [n, C] and labels [n] (or [n, W], several per image).
 
-    "accuracy", "mean per class" (the classes weigh equally), "11-point mAP", or a function of both.
+    "accuracy", "mean per class" (equal weight per class), "11-point mAP", or a function of both.
     """
     if callable(metric):
         return metric(logits, labels)
@@ -834,15 +833,15 @@ def mean_average_precision(scores, labels):
     """PASCAL VOC's 11-point interpolated average precision (Everingham et al., IJCV 2010), the
     mean over the classes with a positive image, in %.
 
-    A class ranks the images by its score. Its average precision is the mean, over the recalls
-    0, 0.1, ..., 1, of the largest precision at that recall or a larger one.
+    For each class, images are ranked by its score. Its average precision is the mean, over the
+    recalls 0, 0.1, ..., 1, of the largest precision at that recall or above.
     """
     from sklearn.metrics import precision_recall_curve
     found = []
     for k, positive in enumerate((labels > 0).t()):
         if positive.any():
             precision, recall, _ = precision_recall_curve(positive, scores[:, k])
-            precision, recall = precision[:-1], recall[:-1]     # the last point is not an image's
+            precision, recall = precision[:-1], recall[:-1]     # scikit-learn appends a point
             points = [precision[recall >= t / 10 - 1e-9].max() for t in range(11)]
             found.append(100 * float(np.mean(points)))
     return statistics.mean(found) if found else 0.0
@@ -851,16 +850,16 @@ def mean_average_precision(scores, labels):
 # -------------------------------------------------------- optimizers, and gradients that disagree
 
 def sgd(args, prompts):
-    """SGD and its schedule, with momentum 0.9 and weight decay 5e-4: the defaults of Dassl, on
-    which CoOp's, MaPLe's and JSCPT's programs run."""
+    """SGD and its schedule, with momentum 0.9 and weight decay 5e-4: the defaults of Dassl, which
+    CoOp's, MaPLe's and JSCPT's programs use."""
     optimizer = torch.optim.SGD(prompts.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     return optimizer, scheduled(args, optimizer)
 
 
 def scheduled(args, optimizer):
-    """The learning rate's schedule, a step per epoch: a cosine, or with --schedule constant none.
+    """The learning rate schedule, stepped once per epoch: a cosine, or --schedule constant.
 
-    The first args.warm_up epochs have CoOp's rate of 1e-5; the cosine, args.epochs long, begins
+    The first args.warm_up epochs have CoOp's rate of 1e-5; the cosine, args.epochs long, starts
     after them.
     """
     def factor(epoch):
@@ -905,7 +904,7 @@ def cagrad(grads, c=0.5, steps=300):
     dot product with a task's gradient is largest.
 
     Its dual: w on the simplex minimises g_w . g_0 + c |g_0| |g_w| with g_w = sum_i w_i g_i; then
-    d = g_0 + c |g_0| g_w / |g_w|. c = 0.5 (choice: its experiments have 0.4 to 0.9). Solved by
+    d = g_0 + c |g_0| g_w / |g_w|. c = 0.5 (ours: the paper's experiments use 0.4 to 0.9). Solved by
     exponentiated gradient descent on the Gram matrix.
     """
     gram = (grads @ grads.t()).cpu().double()       # small, and read in every step of the solver
@@ -934,7 +933,7 @@ def cagrad(grads, c=0.5, steps=300):
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The range of a setting, beside it: `groups: Annotated[int, AtLeast(1)] = 2`."""
+    """The range of a setting, as an annotation: `groups: Annotated[int, AtLeast(1)] = 2`."""
 
     least: float
     most: float = math.inf
@@ -952,71 +951,73 @@ class AtLeast:
 Count = Annotated[int, AtLeast(1)]
 Rate = Annotated[float, AtLeast(0, open=True)]
 Share = Annotated[float, AtLeast(0, 1, open=True)]
-# a part that --no-x drops, and what --help says of that
+# a part of a method that --no-x drops; --help shows "keep" as its default
 Kept = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: keep)")]
 
 
 @dataclass
 class DataArgs:
-    """What is scored, and where: the settings of every command that reads tasks."""
+    """Data, backbone and device: the settings of every command that reads tasks."""
 
-    # benchmark (data/README.md), folder domain/class/*.jpg, name=path; or several
+    # benchmark (data/README.md), folder domain/class/*.jpg, name=path; or several, by commas
     data: str = "emoji"
     split: float | None = None  # fraction of each class to train on
     shots: int | None = None  # images of each class to train on (6 for the built-in data)
     seeds: tuple[int, ...] = (1,)  # as in 1 2 3: one training per seed, reported as mean ± std
-    # backbone: a name of the clip package, "tiny" (built-in data), or a file
+    # backbone: a model name of the clip package, "tiny" (built-in data), or a file
     clip: str = "ViT-B/16"
     root: str = "data"  # folder that holds the datasets
-    download: bool = False  # first fetch --data into --root, where torchvision can
-    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA where there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
+    download: bool = False  # first download --data into --root, if torchvision can
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA if available
+    # auto: bf16 on a GPU that supports it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # processes that read images; 0 works everywhere
     workers: Annotated[int, AtLeast(0)] | None = None
-    out: str | None = None  # folder of this run; None: one of its own under runs/
-    resume: bool = False  # go on with the run in --out, with the settings saved there
+    out: str | None = None  # folder of this run; None: a new one under runs/
+    resume: bool = False  # continue the run in --out, with its saved settings
     validate: bool = False  # hold out 20% of the training images and score on them
     plot: bool = False  # also draw figures into the run folder
 
 
 @dataclass
 class TrainArgs(DataArgs):
-    """What all trained methods share."""
+    """Settings that all trained methods share."""
 
     epochs: Count = 5  # epochs of training
     lr: Rate = 0.0035  # learning rate
-    warm_up: Annotated[int, AtLeast(0)] = 0  # of the epochs, those at CoOp's rate of 1e-5, first
-    batch_size: Count = 16  # images per task in a step; of all tasks with --batches mixed
-    batches: Literal["tasks", "mixed"] = "tasks"  # a batch of every task, or of the shuffled union
+    warm_up: Annotated[int, AtLeast(0)] = 0  # how many epochs start at CoOp's rate of 1e-5
+    batch_size: Count = 16  # images per task in a step; with --batches mixed, images in a step
+    # a batch from every task, or from the shuffled union of the tasks
+    batches: Literal["tasks", "mixed"] = "tasks"
     # fixed augmented views per image; 0 draws fresh ones every epoch
     views: Annotated[int, AtLeast(0)] = 0
-    min_crop: Share = 0.08  # smallest part of an image's area that a view shows (Dassl's 0.08)
+    min_crop: Share = 0.08  # smallest fraction of an image's area in a view (Dassl's 0.08)
     eval: str | None = None  # score this prompts.pt instead of training; writes nothing
     recompute: bool = False  # recompute layers in the backward pass: less memory, more time
 
 
 @dataclass
 class Args(TrainArgs):
-    """What the method files share; each adds its own settings and sets the paper's values."""
+    """Settings the method files share; each adds its own and sets the paper's values."""
 
     n_ctx: Count = 16  # prompt length b
 
 
-# settings that a resumed run may change, and those that say what --eval scores
+# settings that --resume and --eval may change, and further ones that --eval may: what is scored
 FREE = {"out", "plot", "device", "root", "download", "workers", "recompute"}
 SCORED = {"data", "split", "shots", "seeds", "validate"}
 
 
 def parse(method, argv=None):
-    """The settings of a run of a method, checked.
+    """The settings of a method's run, checked.
 
-    Which value counts, highest first: a flag, the saved run's value (--resume, --eval),
+    Precedence, highest first: a flag, the saved run's value (--resume, --eval),
     `method.defaults(args)`, the class default.
-    Raises UserError, and SystemExit(2) where tyro rejects a flag.
+    Raises UserError, or SystemExit(2) if tyro rejects a flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     inherits = any(word.split("=")[0] in ("--resume", "--eval") for word in argv)
-    # a switch that a saved run has on can be given as --no-x; else only what changes the default
+    # on top of saved settings a switch can be given as --x or --no-x; else only as its non-default
     kind = method.Args if inherits else tyro.conf.FlagCreatePairsOff[method.Args]
 
     def read(**defaults):
@@ -1040,7 +1041,7 @@ def show_help(argv, *parts):
 
 
 def changes_of(method):
-    """What the built-in backbone and a benchmark change of the defaults that --help lists."""
+    """How the built-in backbone and the benchmarks change the defaults that --help lists."""
     usual, lines = method.Args(), []
     wheres = {name: dict(data=name) for name in datasets.benchmarks.BENCHMARKS}
     for name, where in dict(tiny=dict(clip="tiny"), **wheres).items():
@@ -1052,7 +1053,7 @@ def changes_of(method):
 
 
 def absolute(args):
-    """Paths with ~ expanded, and absolute, so that a saved run can be used from anywhere."""
+    """Settings with absolute paths, ~ expanded, so that a saved run can be used from anywhere."""
     paths = {key: str(datasets.expand(getattr(args, key)))
              for key in ("root", "out", "eval", *getattr(args, "PATHS", ()))
              if getattr(args, key, None)}
@@ -1062,13 +1063,13 @@ def absolute(args):
 
 
 def inherited(method, read):
-    """The settings of the run that --resume continues or --eval scores, and the flags on top."""
+    """The settings of the run that --resume continues or --eval scores, overridden by the flags."""
     given = read()
     if given.resume and getattr(given, "eval", None):
         raise UserError("--resume continues a training and --eval scores a finished one: "
                         "give one of them")
     if given.resume and not given.out:
-        raise UserError("--resume needs --out DIR, the folder of the run to go on with")
+        raise UserError("--resume needs --out DIR, the folder of the run to continue")
     if given.resume:
         owner, free = f"the run in {given.out}", FREE
         saved = load_json(Path(given.out) / "settings.json", "method", "data", "seeds")
@@ -1078,7 +1079,7 @@ def inherited(method, read):
     if saved["method"] != method.name:
         with usable(owner):
             command = method_of(saved["method"]).command
-            raise UserError(f"{owner} is one of {saved['method']}: use {command}")
+            raise UserError(f"{owner} belongs to {saved['method']}: use {command}")
     with usable(owner), warnings.catch_warnings():
         warnings.simplefilter("error")      # tyro warns where a value has another type
         usual = {key: tuple(value) if isinstance(value, list) else value    # JSON has no tuples
@@ -1093,7 +1094,7 @@ def inherited(method, read):
         if now != then and not moved(then):
             raise UserError(f"{owner} was started {said(key, then, getattr(default, key))}, not "
                             f"{said(key, now, getattr(default, key))}: leave the flag out, or "
-                            "start another run in another --out")
+                            "start a new run with another --out")
     check_backbone(saved, args.clip, owner)
     new_split = args.split != usual["split"]
     new_shots = args.shots != usual["shots"]
@@ -1105,8 +1106,8 @@ def inherited(method, read):
 
 
 def check_kinds(args):
-    """ValueError for a saved number that its flag would not take and tyro lets pass: 3 where it is
-    one of some words, 2.5 where it is a whole number."""
+    """Raise ValueError for a saved number that tyro lets pass although its flag would not take it:
+    3 for a choice of words, 2.5 for an integer."""
     for key, hint in get_type_hints(type(args)).items():
         value = getattr(args, key)
         words = get_args(hint) if get_origin(hint) is Literal else [value]
@@ -1115,18 +1116,18 @@ def check_kinds(args):
 
 
 def backbone_of(name):
-    """What tells a backbone from others, wherever its file lies: its name, or the SHA-256 of its
-    file. UserError as `check_clip`."""
+    """What identifies a backbone, wherever its file is: its name, or the SHA-256 of its file.
+    Raises UserError as `check_clip` does."""
     check_clip(name)
     return name if name in BACKBONES else _sha256(name)
 
 
 def check_backbone(settings, name, owner):
-    """UserError where a backbone is not the one of saved settings."""
+    """Raise UserError if a backbone is not the one in saved settings."""
     found = backbone_of(name)
     with usable(owner):
         if settings["backbone"] != found:
-            raise UserError(f"{name} is not the backbone that {owner} was started with (other "
+            raise UserError(f"{name} is not the backbone that {owner} was started with (different "
                             "weights): give that one with --clip")
 
 
@@ -1137,7 +1138,7 @@ def moved(value):
 
 
 def checked(method, args):
-    """Settings with the shots filled in; UserError for values out of range and contradictions."""
+    """The settings with shots filled in; UserError for contradictions and values out of range."""
     check_clip(args.clip)
     check_ranges(args)
     datasets.check_size(args.split, args.shots)     # before a download
@@ -1148,24 +1149,23 @@ def checked(method, args):
         args.shots = datasets.built_in_shots(args.data)
         if args.shots is None:
             if not args.download:
-                datasets.find_listings(args.data, args.root)    # a misspelt name first
+                datasets.find_listings(args.data, args.root)    # reports a misspelt name first
             raise UserError(f"--data {args.data} needs --split, such as --split 0.1, or --shots, "
                             "such as --shots 4")
     return args
 
 
 def check_warm_up(method, args):
-    """UserError where a warm-up leaves nothing of the training, or comes before no cosine."""
+    """Raise UserError if a warm-up takes all epochs, or if no cosine follows it."""
     if args.warm_up >= args.epochs and args.warm_up != method.Args().warm_up:
-        raise UserError(f"--warm-up {args.warm_up} leaves nothing of --epochs {args.epochs}: give "
-                        "fewer")
+        raise UserError(f"--warm-up must be below --epochs {args.epochs}, not {args.warm_up}")
     if args.warm_up and getattr(args, "schedule", "cosine") == "constant":
-        raise UserError("--warm-up comes before a cosine, and --schedule constant has none: leave "
+        raise UserError("--warm-up comes before a cosine, but --schedule constant has none: leave "
                         "one of them out")
 
 
 def check_ranges(args):
-    """UserError where a number is outside the range that stands beside its setting."""
+    """Raise UserError for a number outside the range that its setting is annotated with."""
     for key, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, key)
         for kind in (hint, *get_args(hint)):
@@ -1175,12 +1175,12 @@ def check_ranges(args):
                     raise UserError(f"--{key.replace('_', '-')} must be {bounds}, not {value}")
     seeds = set(args.seeds)
     if len(seeds) < max(len(args.seeds), 1) or not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError("--seeds takes different whole numbers from 0 to 2**32 - 1, not "
+        raise UserError("--seeds must be distinct integers from 0 to 2**32 - 1, not "
                         f"{' '.join(map(str, args.seeds))}")
 
 
 def chosen_device(device):
-    """The device to use: `device`, or by default CUDA where there is one; UserError without it."""
+    """`device`, by default CUDA if available, else the CPU; UserError if it cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1210,7 +1210,7 @@ def said(key, value, default=None):
 
 
 def variant_of(method, args):
-    """The method's own settings that are not its defaults, in words, or None."""
+    """The method's own settings that differ from its defaults, in words, or None."""
     shared = {field.name for field in fields(Args)}
     usual = replace(method.Args(), **method.defaults(args))
     words = []
@@ -1222,12 +1222,11 @@ def variant_of(method, args):
 
 
 def agree(args, saved, keys, owner):
-    """Raise UserError where the settings `saved` with `owner`, or its backbone, are not those of
-    this run."""
+    """Raise UserError if the settings `saved` with `owner`, or its backbone, are not this run's."""
     check_backbone(saved, args.clip, owner)
     for key in keys:
         if saved.get(key) != getattr(args, key):
-            raise UserError(f"{owner} is of a run {said(key, saved.get(key))}, not "
+            raise UserError(f"{owner} is from a run {said(key, saved.get(key))}, not "
                             f"{said(key, getattr(args, key))}: use the same, or leave the file out")
 
 
@@ -1242,7 +1241,7 @@ def seed_everything(*names):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # every new tensor, with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = False     # True fills tensors with NaN
     number = zlib.crc32("/".join(map(str, names)).encode())
     random.seed(number)
     np.random.seed(number)
@@ -1250,7 +1249,7 @@ def seed_everything(*names):
 
 
 def write_whole(path, content):
-    """Write text or bytes under a temporary name, then rename: the file is whole or not there."""
+    """Write text or bytes under a temporary name, then rename: the file is complete or absent."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -1260,24 +1259,24 @@ def write_whole(path, content):
 
 
 def write_json(path, content):
-    """A JSON file, as `write_whole`."""
+    """Write a JSON file with `write_whole`."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def save_whole(path, content):
-    """`torch.save`, as `write_whole`."""
+    """`torch.save` with `write_whole`."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())
 
 
-RESTART = "start another run in another --out"
+RESTART = "start a new run with another --out"
 GIVE_PROMPTS = "give the prompts.pt that a run wrote"
 
 
 @contextlib.contextmanager
 def usable(path, remedy=RESTART):
-    """Turn whatever fails while a saved file is read and used into a UserError that names it."""
+    """Turn any error while a saved file is read and used into a UserError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1287,13 +1286,13 @@ def usable(path, remedy=RESTART):
     except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             AttributeError, RuntimeError, AssertionError, Warning) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else _unreadable(error)
-        raise UserError(f"{path} cannot be used, it is damaged or of another kind ({why}): "
-                        f"{remedy}") from error
+        raise UserError(f"{path} cannot be used, it is damaged or not the expected kind of file "
+                        f"({why}): {remedy}") from error
 
 
 def load_saved(path, *keys, remedy=RESTART):
-    """A dict with some keys from `torch.save`, read without running any code in it; remedy: as for
-    `usable`."""
+    """A dict from `torch.save` that must have the given keys, read without running any code in it;
+    remedy: as for `usable`."""
     with usable(path, remedy):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(saved, dict) and set(keys) <= saved.keys(), "it holds something else"
@@ -1301,7 +1300,7 @@ def load_saved(path, *keys, remedy=RESTART):
 
 
 def load_json(path, *keys):
-    """A JSON file of a run folder, a dict with some keys."""
+    """A JSON file of a run folder, a dict that must have the given keys."""
     if not path.is_file():
         raise UserError(f"there is no run in {path.parent} (no {path.name}): give the folder of "
                         "one, or leave out --resume to start one")
@@ -1314,7 +1313,7 @@ def load_json(path, *keys):
 def load_prompts(path, name=None, remedy=GIVE_PROMPTS):
     """A run's prompts.pt: its method, settings, tasks, templates, contents, trained_on, prompts.
 
-    Raises UserError where it is damaged, or of another method than `name`.
+    Raises UserError if it is damaged or of a method other than `name`.
     """
     path = datasets.expand(path)
     if path.is_dir():
@@ -1338,14 +1337,14 @@ def load_result(path):
 class Run:
     """The folder of one run: settings.json, log.csv, prompts.pt, result.json, figures.
 
-    Two more files are there until it ends: checkpoint.pt, the running phase, written every epoch,
-    and finished.pt, written when a phase ends: what finished phases left, the scores of finished
-    seeds, and the tasks. Making a Run only checks; `open` is the first to write. A run begins only
-    where no file has a name that it writes, so that what --resume replaces or removes is its own.
+    Two more files exist until it ends: checkpoint.pt, the current phase, written every epoch, and
+    finished.pt, written when a phase ends: the results of finished phases, the scores of finished
+    seeds, and the tasks. Creating a Run only checks; `open` writes first. A new run needs a folder
+    without files of these names, so --resume replaces or removes only the run's own files.
     """
 
     latest = None
-    interrupted = False         # Ctrl-C was pressed: stop after the epoch if nothing else stopped
+    interrupted = False         # Ctrl-C was pressed: stop after the current epoch at the latest
     FILES = ("settings.json", "result.json", "prompts.pt", "log.csv", "checkpoint.pt",
              "finished.pt")
 
@@ -1361,7 +1360,7 @@ class Run:
         found = taken(self.folder, *self.FILES, "*.png")
         if args.out and found:
             raise UserError(f"--out {self.folder} holds another run or figures ({found[0]}): "
-                            "choose another folder, or --resume to go on with the run in it")
+                            "choose another folder, or --resume to continue the run in it")
         check_writable(self.folder)
 
     def _name(self, settings):
@@ -1381,29 +1380,29 @@ class Run:
             last = load_saved(running, "seed", "phase", "epoch", "seconds", "rows", "parts")
             ended = last["phase"] in self.finished["phases"]
             if not ended and last["seed"] not in self.finished["scores"]:
-                self.running = last             # else its rows and its end are in finished.pt
+                self.running = last             # else finished.pt has its rows and its result
         if prompts.exists():
             saved = load_prompts(prompts, remedy=RESTART)
             self.prompts, self.trained_on = saved["prompts"], saved["trained_on"]
 
     def open(self, tasks, sources):
-        """Make the folder, and write the settings and what the tasks and source tasks hold.
+        """Make the folder, and write the settings and the contents of the tasks and source tasks.
 
-        Both are given by seed; a training finds the source tasks in `sources`.
+        Both are dicts by seed; `train` finds the source tasks in `run.sources`.
         """
         self.sources = sources
         tasks = {seed: own + sources[seed] for seed, own in tasks.items()}
         found = {seed: list(map(datasets.contents, own)) for seed, own in tasks.items()}
         self.seen = {seed: datasets.trained_on(own) for seed, own in tasks.items()}
         if self.finished["contents"] not in ({}, found):
-            raise UserError(f"{self.folder / 'finished.pt'} does not fit the data as it is now "
-                            "(tasks, classes or images): start the run again in another --out")
+            raise UserError(f"{self.folder / 'finished.pt'} does not match the data as it is now "
+                            "(tasks, classes or images): start a new run with another --out")
         if self.settings["out"]:
             self.folder.mkdir(parents=True, exist_ok=True)
         else:
             self.folder = numbered(self.folder)
         if not self.resumed and (self.folder / "settings.json").exists():
-            raise UserError(f"--out {self.folder} holds another run, which has just begun: "
+            raise UserError(f"--out {self.folder} holds another run, which has just started: "
                             "choose another folder")
         write_json(self.folder / "settings.json", self.settings)
         Run.latest = self.folder
@@ -1411,22 +1410,22 @@ class Run:
         save_whole(self.folder / "finished.pt", self.finished)
 
     def start(self, seed, task=""):
-        """Begin or continue the training of a seed, with --single-task of one of its tasks."""
+        """Start or continue the training of a seed; with --single-task, of one of its tasks."""
         self.seed, self.task = seed, task
         self.seed_phase("prompts")
 
     def seed_phase(self, phase):
-        """Seed what a phase draws before its first epoch, such as the start of its prompts."""
+        """Seed what a phase draws before its first epoch, such as its initial prompts."""
         seed_everything(self.seed, self.task, phase, "start")
 
     def epochs(self, phase, n, **parts):
-        """Yield the numbers of the epochs of a phase that are left, 0 .. n - 1.
+        """Yield the remaining epochs of a phase, numbered 0 .. n - 1.
 
-        Restores `parts` (things with state_dict and load_state_dict) where this phase has a
+        Restores `parts` (objects with state_dict and load_state_dict) if this phase has a
         checkpoint, seeds every epoch from (seed, phase, epoch), and after each saves `parts` and a
-        row of the means of what `log` was given. A finished phase yields nothing, and leaves the
-        modules among `parts` as it ended them.
-        Raises UserError where a loss or a parameter is no longer finite.
+        row with the means of the values given to `log`. A finished phase yields nothing and
+        restores the modules among `parts` to their final state.
+        Raises UserError if a loss or a parameter is no longer finite.
         """
         phase = f"{self.task}: {phase}" if self.task else phase
         modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -1473,7 +1472,7 @@ class Run:
                 part.load_state_dict(saved["parts"][name])
 
     def log(self, **values):
-        """Note values of a step (numbers or tensors); log.csv gets their means over an epoch."""
+        """Record values of a step (numbers or tensors); log.csv gets their means over an epoch."""
         for name, value in values.items():
             value = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
             self.values.setdefault(name, []).append(value)
@@ -1491,7 +1490,7 @@ class Run:
         finite = all(p.isfinite().all() for module in modules.values() for p in module.parameters())
         if not finite or not math.isfinite(row.get("loss", 0.0)):
             raise UserError(f"the training diverged in epoch {epoch + 1} of phase '{phase}' (loss "
-                            f"{row.get('loss')}): use a smaller --lr in another --out")
+                            f"{row.get('loss')}): use a smaller --lr and another --out")
         if self.values:
             self.running["rows"].append(row)
 
@@ -1509,7 +1508,7 @@ class Run:
         write_whole(self.folder / "log.csv", text.getvalue())
 
     def save_prompts(self, trained, tasks):
-        """Keep a seed's prompts, {task or "": module}, before anything else can fail."""
+        """Save a seed's prompts, {task or "": module}, before anything else can fail."""
         states = {name: state_on_cpu(prompts) for name, prompts in trained.items()}
         self.prompts[self.seed] = states.get("", states)
         self.trained_on[self.seed] = self.seen[self.seed]
@@ -1559,14 +1558,14 @@ def numbered(path):
 
 
 def taken(folder, *names):
-    """The files in a folder with one of these names (`*.png`: any figure), whole or half written,
-    that is with `write_whole`'s temporary name."""
+    """The files in a folder with one of these names (`*.png`: any figure), complete or half
+    written (with `write_whole`'s temporary name)."""
     found = [folder.glob(f"{name}{end}") for name in names for end in ("", ".part")]
     return [path.name for paths in found for path in paths]
 
 
 def check_writable(folder):
-    """UserError where a folder cannot be made or written."""
+    """Raise UserError if a folder cannot be created or written to."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out {folder} cannot be written, because {nearest} is a file or "
@@ -1574,12 +1573,12 @@ def check_writable(folder):
 
 
 def progress(iterable, text):
-    """A progress bar on a terminal, for what takes over two seconds."""
+    """A progress bar on a terminal, if it takes over two seconds."""
     return tqdm(iterable, desc=text, delay=2, leave=False, disable=None)
 
 
 def tell_epoch(phase, epoch, n, loss):
-    """Print a line per epoch where no terminal shows the progress bar."""
+    """Print a line per epoch if no terminal shows the progress bar."""
     if not sys.stderr.isatty():
         print(f"{phase}: epoch {epoch + 1} of {n}, loss {loss:.4g}", flush=True)
 
@@ -1588,11 +1587,11 @@ def tell_epoch(phase, epoch, n, loss):
 
 @dataclass
 class Method:
-    """A method's three functions, and what the frame has to know of it.
+    """A method's three functions, and what the shared code needs to know about it.
 
     build(args, model, tasks) -> untrained prompts, a module; train(args, model, tasks, run) ->
-    trained ones; classify(args, model, tasks, prompts) -> what `task_logits` takes, a dict. In
-    these, args.seeds[0] is the seed of the present training.
+    trained prompts; classify(args, model, tasks, prompts) -> a dict of arguments of `task_logits`.
+    In all of them, args.seeds[0] is the current seed.
     """
 
     name: str
@@ -1602,10 +1601,10 @@ class Method:
     train: Callable
     classify: Callable
     defaults: Callable = lambda args: {}                    # settings that follow from others
-    # UserError for what the method cannot do; first with tasks=None, before any data are read
+    # raises UserError for what the method cannot do; first with tasks=None, before reading data
     check: Callable = lambda args, tasks: None
-    prepare: Callable = lambda args, tasks, seed: tasks     # divides the tasks further
-    sources: Callable = lambda args, seed: []               # further tasks that are trained on
+    prepare: Callable = lambda args, tasks, seed: tasks     # splits the tasks further
+    sources: Callable = lambda args, seed: []               # additional tasks to train on
     report: Callable = lambda args, tasks, prompts: {}      # its own part of result.json
     plot: Callable = lambda folder, result, rows: None      # its own figures
     n_text: int | Callable = 0              # vectors before a class name; or a function of args, or
@@ -1613,8 +1612,8 @@ class Method:
     image_prompts: bool | Callable = False  # whether it needs a ViT; or a function of args
     bound: bool | Callable = False          # whether prompts are tied to the tasks they were
     #                                         trained on; or a function of args
-    second_order: bool = False              # whether gradients are differentiated: --recompute
-    #                                         saves no memory there
+    second_order: bool = False              # whether gradients are differentiated: then
+    #                                         --recompute saves no memory
 
     @property
     def title(self):
@@ -1623,7 +1622,7 @@ class Method:
 
     @property
     def command(self):
-        """The words that start it: "mmap.py", or "common.py finetune"."""
+        """The command that runs it: "mmap.py", or "common.py finetune"."""
         word = self.name.replace("_", "-")
         return f"common.py {word}" if word in COMMANDS else f"{self.name}.py"
 
@@ -1636,7 +1635,7 @@ def valued(setting, *known):
 
 
 def main(method, argv=None):
-    """Run a method as a command: reject early, then train, keep and score each seed, and report.
+    """Run a method as a command: validate, then train, save and score each seed, and report.
 
     With --single-task each task is trained alone, one after another.
     """
@@ -1650,7 +1649,7 @@ def main(method, argv=None):
         with usable(path):
             print_table(result)
         close(Path(args.out), result, method.plot if args.plot else None)
-        print(f"\nthe run in {args.out} had finished")
+        print(f"\nthe run in {args.out} had already finished")
         return
     saved = load_prompts(args.eval, method.name) if getattr(args, "eval", None) else None
     run = None if saved else Run(args, settings)
@@ -1694,14 +1693,14 @@ def main(method, argv=None):
 
 
 def units(args, tasks):
-    """What is trained together, {"": all tasks}, or with --single-task {name: each alone}."""
+    """What is trained together: {"": all tasks}, or with --single-task {name: [task]} for each."""
     if getattr(args, "single_task", False):
         return {task.name: [task] for task in tasks}
     return {"": tasks}
 
 
 def scores_of(args, method, model, tasks, trained):
-    """The scores of a seed and the method's own results, their lists joined over units."""
+    """The scores of a seed and the method's own results, lists concatenated over `units`."""
     whole = dict(trainable_parameters=0, seconds=0.0)
     for name, unit in units(args, tasks).items():
         prompts = trained[name]
@@ -1715,14 +1714,14 @@ def scores_of(args, method, model, tasks, trained):
 
 
 def read_log(folder):
-    """The rows of a run's log.csv, dicts; what a row lacks is left out, lists are lists."""
+    """The rows of a run's log.csv as dicts, with lists parsed and empty cells left out."""
     with usable(folder / "log.csv"), (folder / "log.csv").open(encoding="utf-8") as file:
         return [{key: value if key == "phase" else json.loads(value)
                  for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def load_backbone(args, method):
-    """CLIP as the settings ask for it; UserError where image prompts would meet a ResNet."""
+    """The CLIP that the settings ask for; UserError for image prompts on a ResNet."""
     model, _ = load_clip(args.clip, args.device)
     check_vit(args, method, hasattr(model.visual, "transformer"))
     model.precision, model.recompute = args.precision, getattr(args, "recompute", False)
@@ -1730,28 +1729,28 @@ def load_backbone(args, method):
 
 
 def check_vit(args, method, is_vit):
-    """UserError where image prompts would meet a ResNet."""
+    """Raise UserError for image prompts on a ResNet."""
     if valued(method.image_prompts, args) and not is_vit:
-        raise UserError(f"{method.name} puts prompts into the image encoder, and {args.clip} has a "
+        raise UserError(f"{method.name} puts prompts into the image encoder, but {args.clip} has a "
                         "ResNet there: use a ViT, such as --clip ViT-B/16")
 
 
 def divided_tasks(args, data, seed):
-    """The tasks of `data`; under `--validate` held-out training images are the test images."""
+    """The tasks of `data`; with `--validate`, held-out training images are the test images."""
     tasks = load_tasks(data, args.split, args.shots, seed, args.root)
     for task in tasks if args.validate else []:
         task.train, task.test = hold_out(task.train, seed)
         if not len(task.test):
-            raise UserError(f"--validate finds no image of {task.name} to hold out, because a "
-                            "class keeps its last one: train on 2 or more per class")
+            raise UserError(f"--validate finds no image of {task.name} to hold out, because each "
+                            "class keeps at least one: train on 2 or more per class")
     return tasks
 
 
 def checked_tasks(args, method, saved=None):
-    """({seed: tasks}, {seed: source tasks}), after checking what a training would fail on later.
+    """({seed: tasks}, {seed: source tasks}), checked for everything that would fail later.
 
     Training images are decoded, and kept in memory while there is room (2 GB). saved: the prompts
-    that are scored instead.
+    to score instead of training.
     """
     check_vit(args, method, not args.clip.startswith("RN"))     # before a download
     if args.download:
@@ -1780,7 +1779,8 @@ def checked_tasks(args, method, saved=None):
 
 
 def reject_seen(tasks, seen, owner):
-    """Raise UserError where a task's test images are among those trained on, a set of digests."""
+    """Raise UserError if a task's test images were trained on; seen: the digests of those that
+    were."""
     for task in tasks:
         both = datasets.tested(task, seen)
         if both:
@@ -1790,15 +1790,15 @@ def reject_seen(tasks, seen, owner):
 
 
 def check_saved(args, method, saved, tasks, seed):
-    """Raise UserError where saved prompts are not of this seed, are tied to other tasks, or were
-    trained on the test images. On the split they were trained on, copies are only a warning."""
+    """Raise UserError if saved prompts lack this seed, are tied to other tasks, or were trained on
+    the test images. On the split they were trained on, copies only give a warning."""
     if seed not in saved["prompts"]:
         known = ", ".join(map(str, saved["prompts"]))
         raise UserError(f"{args.eval} has prompts of the seeds {known}, not of {seed}")
     tied = valued(method.bound, args) or getattr(args, "single_task", False)
     if tied and list(saved["tasks"]) != [task.name for task in tasks]:
-        raise UserError(f"the prompts in {args.eval} are of other tasks than those of --data "
-                        f"{args.data}, or in another order: give the --data they were trained on")
+        raise UserError(f"the prompts in {args.eval} are of other tasks than --data {args.data}, "
+                        "or in another order: give the --data they were trained on")
     with usable(args.eval, GIVE_PROMPTS):
         seen, own = set(saved["trained_on"][seed].tolist()), list(saved["contents"][seed])
     for task in tasks:
@@ -1815,7 +1815,7 @@ def check_saved(args, method, saved, tasks, seed):
 def script(command):
     """Run a Method, or a function, as a command.
 
-    A UserError is a line on stderr and exit code 2; Ctrl-C says how to go on, exit code 130.
+    A UserError prints a line to stderr, exit code 2; Ctrl-C prints how to continue, exit code 130.
     """
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
@@ -1830,7 +1830,7 @@ def script(command):
     signal.signal(signal.SIGINT, interrupt)
 
     def go_on():
-        return f"go on with --resume --out {Run.latest}" if Run.latest else "start again"
+        return f"continue with --resume --out {Run.latest}" if Run.latest else "start again"
 
     def stop(line, code=2):
         print(f"{name}: {line}", file=sys.stderr)
@@ -1849,7 +1849,7 @@ def script(command):
         sys.exit(141)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            stop(f"the disk is full ({error.strerror}): free it, then {go_on()}")
+            stop(f"the disk is full ({error.strerror}): free some space, then {go_on()}")
         if error.filename is None:
             raise
         stop(f"cannot open {error.filename} ({error.strerror}): use another path or fix its "
@@ -1866,15 +1866,16 @@ def script(command):
 # ------------------------------------------------------------------- results, tables and figures
 
 MATRICES = ["similarity", "affinity", "transfer"]       # a row is a source task, a column a target
-# the settings by which a run stands beside a paper's column, or another run's; and their values
-# where a column does not say
+# the settings that must be equal for a run to be compared with a paper's column or another run;
+# UNSAID: their values if a column does not give them
 TRAINING = "epochs lr batch_size batches n_ctx views min_crop warm_up".split()
 SETTINGS = ["method", "variant", "data", "split", "shots", "clip", *TRAINING]
 UNSAID = dict(batches="tasks", views=0, min_crop=0.08, warm_up=0)
 
 
 def gather(settings, tasks, model, scores):
-    """What result.json holds, from each seed's scores; a method's own key is a list over seeds."""
+    """The contents of result.json, from each seed's scores; a method's own keys are lists over
+    seeds."""
     done = [scores[seed] for seed in settings["seeds"]]
     first = tasks[settings["seeds"][0]]
     names = [task.name for task in first]
@@ -1926,8 +1927,8 @@ def mean_std(values):
 
 
 def paper_columns(result):
-    """The columns of the papers' tables with the settings of a result, and where there is none the
-    first that differs in one: ([column], (column, setting) or None).
+    """The columns of the papers' tables with the settings of a result, and if there are none the
+    first that differs in one setting: ([column], (column, setting) or None).
 
     Only the settings that the method has are compared.
     """
@@ -1954,12 +1955,12 @@ def one_decimal(printed):
 
 
 def letters(name):
-    """A name in small letters and digits: "CIFAR-100" and "CIFAR100" are one task."""
+    """A name in lower-case letters and digits: "CIFAR-100" and "CIFAR100" are the same task."""
     return "".join(filter(str.isalnum, name)).lower()
 
 
 def aligned(rows):
-    """Rows of cells as text: the first column to the left, the others to the right."""
+    """Rows of cells as text: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     lines = []
     for first, *rest in rows:
@@ -1969,7 +1970,7 @@ def aligned(rows):
 
 
 def measured(result):
-    """What the numbers of a result are: "accuracy (VOC2007: 11-point mAP)"."""
+    """What the numbers of a result measure: "accuracy (VOC2007: 11-point mAP)"."""
     others = [f"{task}: {metric}" for task, metric in result["metrics"].items()
               if metric != "accuracy"]
     what = "accuracy on held-out training images" if result["settings"]["validate"] else "accuracy"
@@ -1977,7 +1978,8 @@ def measured(result):
 
 
 def print_table(result):
-    """The closing table: a row per task and the average; zero-shot CLIP, the method, the papers."""
+    """Print the closing table: rows are tasks and their average; columns are zero-shot CLIP, the
+    method and the papers."""
     settings = result["settings"]
     papers, near = paper_columns(result)
     average = statistics.mean(result["zero_shot"].values())
@@ -2020,9 +2022,9 @@ def print_table(result):
 
 
 def pyplot():
-    """matplotlib.pyplot, imported where a figure is wanted.
+    """matplotlib.pyplot, imported only when a figure is drawn.
 
-    Lines differ in colour, dashes and hollow markers, so that one that hides another is seen.
+    Lines differ in colour, dashes and hollow markers, so that overlapping ones can be told apart.
     """
     os.environ["MPLBACKEND"] = "agg"            # whatever a notebook left there
     import matplotlib.pyplot
@@ -2034,7 +2036,7 @@ def pyplot():
 
 
 def save_figure(figure, path):
-    """A matplotlib figure as a PNG file, written whole, and closed."""
+    """Save a matplotlib figure as a PNG file, with `write_whole`, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, bbox_inches="tight")
     write_whole(path, buffer.getvalue())
@@ -2096,8 +2098,8 @@ def plot_epochs(axis, values, label, title="", ylabel="training loss"):
 
 
 def plot_matrix(path, matrix, names, title):
-    """A matrix over tasks with its numbers, rows are sources, columns targets; the diagonal has no
-    colour, so that the others have the whole scale."""
+    """A matrix over tasks with its numbers: rows are sources, columns targets. The diagonal has no
+    colour, so that the other entries use the whole colour scale."""
     if len(names) < 2:
         return
     figure, axes = pyplot().subplots(figsize=(1.5 + 0.6 * len(names), 1 + 0.6 * len(names)))
@@ -2117,7 +2119,7 @@ def plot_matrix(path, matrix, names, title):
 
 @dataclass
 class ZeroShotArgs(DataArgs):
-    """Zero-shot CLIP: one template or an ensemble of them; the seeds draw the test images alone."""
+    """Zero-shot CLIP: one template or an ensemble of them; seeds only choose the test images."""
 
     templates: Literal["single", "ensemble"] = "single"  # a task's own, or data/templates.txt's
 
@@ -2150,8 +2152,8 @@ def templates_of(task, data):
 
 @torch.no_grad()
 def ensemble(model, class_names, templates):
-    """The classifier [C, D] of several templates: the mean of their unit-length text features, at
-    unit length again (Radford et al., ICML 2021, Sec. 3.1.4)."""
+    """The classifier [C, D] of several templates: the mean of their unit-length text features,
+    normalised again (Radford et al., ICML 2021, Sec. 3.1.4)."""
     total = 0
     for template in templates:                                  # with their own full stops
         try:
@@ -2167,9 +2169,9 @@ def ensemble(model, class_names, templates):
 class ProbeArgs(DataArgs):
     """Linear probe: logistic regression on frozen image features, one per task.
 
-    As in CLIP's README, by scikit-learn. The inverse strength of regularisation, C, is the one with
+    As in CLIP's README, with scikit-learn. The inverse regularisation strength C is the one with
     the smallest cross-entropy on the dataset's validation part or on 20% of the training images,
-    held out; never on test images. A class without training images cannot be the answer.
+    held out; never on test images. A class without training images is never predicted.
     """
 
     eval: str | None = None  # score this prompts.pt instead of training; writes nothing
@@ -2183,7 +2185,7 @@ class Probe(nn.Module):
         super().__init__()
         sizes = [len(task.class_names) for task in tasks]
         self.weights = nn.ParameterList(torch.zeros(n, width) for n in sizes)
-        self.biases = nn.ParameterList(torch.full((n,), -1e4) for n in sizes)    # not seen yet
+        self.biases = nn.ParameterList(torch.full((n,), -1e4) for n in sizes)   # for unseen classes
         self.register_buffer("C", torch.ones(len(tasks)))
 
 
@@ -2196,8 +2198,8 @@ def check_probe(args, tasks):
     """UserError for a task with images of one class."""
     for task in tasks or []:
         if len(set(task.train.classes)) < 2:
-            raise UserError(f"the task {task.name} has fewer than 2 classes: probe needs them to "
-                            "tell apart, so leave the task out")
+            raise UserError(f"the task {task.name} has fewer than 2 classes, but probe needs at "
+                            "least 2: leave the task out")
 
 
 def train_probe(args, model, tasks, run):
@@ -2206,7 +2208,7 @@ def train_probe(args, model, tasks, run):
     probe = build_probe(args, model, tasks)
 
     def features(images):
-        """Features and labels; an image that has several labels stands once for each."""
+        """Features and labels; an image with several labels is repeated for each."""
         x, _, labels = image_features(model, images, workers=args.workers)
         x, labels = F.normalize(x, dim=-1).cpu(), labels.cpu()
         if labels.ndim == 2:
@@ -2216,7 +2218,7 @@ def train_probe(args, model, tasks, run):
 
     def fit(x, y, C):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of few images per class
+            warnings.simplefilter("ignore")         # about few images per class
             return LogisticRegression(C=C, max_iter=1000).fit(x, y)
 
     def cross_entropy(regression, x, labels):
@@ -2234,7 +2236,7 @@ def train_probe(args, model, tasks, run):
                         key=lambda C: cross_entropy(fit(x, y, C), *held_out))
             found = fit(*features(task.train), C)
             weight, bias = torch.tensor(found.coef_), torch.tensor(found.intercept_)
-            if len(found.classes_) == 2:        # scikit-learn gives the second class's alone
+            if len(found.classes_) == 2:        # scikit-learn gives only the second class's
                 weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
             probe.C[t] = C
             probe.weights[t].data[found.classes_] = weight.to(probe.weights[t])
@@ -2265,20 +2267,20 @@ class FinetuneArgs(TrainArgs):
 
     Columns of MmAP's Tables 1 and 2 and of JSCPT's Tables 1 to 3. BitFit (Zaken et al., ACL 2022)
     trains every bias of both encoders. CLIP-Adapter (Gao et al., IJCV 2024) trains a bottleneck D
-    -> D/4 -> D on the image feature, mixed with it by a residual ratio. Both have the settings
-    of the prompts beside them: "consistent hyperparameter settings across all parameter efficient
-    tuning methods", SGD (MmAP, Sec. 4.1). The texts are the tasks' templates.
+    -> D/4 -> D on the image feature, mixed with it by a residual ratio. Both use the settings of
+    the prompts they are compared with: "consistent hyperparameter settings across all parameter
+    efficient tuning methods", SGD (MmAP, Sec. 4.1). The texts are the tasks' templates.
 
-    Choices the papers leave open: full fine-tuning has AdamW at 1e-5 with weight decay 0.1 on all
-    weights (as in Goyal et al., CVPR 2023), because MmAP's rate is one for few parameters; the
-    logit scale is trained and not clamped, and a ResNet's running statistics stay as they are.
-    CLIP-Adapter's two layers have biases, one ReLU between them, and there is one per task:
-    that makes MmAP's 0.53 M (without biases it would be 0.52 M). JSCPT shares one.
+    Choices the papers leave open: full fine-tuning uses AdamW at 1e-5 with weight decay 0.1 on all
+    weights (as in Goyal et al., CVPR 2023), because MmAP's rate is meant for few parameters; the
+    logit scale is trained and not clamped, and a ResNet's running statistics stay fixed.
+    CLIP-Adapter has two layers with biases and one ReLU between them, and one adapter per task,
+    which gives MmAP's 0.53 M (0.52 M without biases). JSCPT shares one adapter.
     """
 
     train: Literal["all", "bias", "adapter"] = "all"  # all weights, all biases, or new adapters
     adapters: Literal["task", "shared"] = "task"  # one per task; JSCPT: "task-shared ... adapters"
-    ratio: Share = 0.2  # the residual ratio: how much of a feature comes from the adapter
+    ratio: Share = 0.2  # the residual ratio: the weight of the adapter's output
     lr: Rate = 1e-5  # with --train bias and adapter 0.0035: "a learning rate of 0.0035"
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a copy of CLIP (or an adapter) per task, each trained alone
@@ -2292,7 +2294,7 @@ FINETUNE_TINY = dict(
 
 
 def finetune_defaults(args):
-    """The settings that follow from what is trained, the backbone and the data."""
+    """The settings that depend on what is trained, the backbone and the data."""
     if args.clip == "tiny":
         return dict(FINETUNE_TINY[args.train], min_crop=0.6)
     found = dict(lr=1e-5 if args.train == "all" else 0.0035)
@@ -2309,24 +2311,24 @@ def check_finetune(args, tasks):
         raise UserError("--schedule is for --train bias and adapter, which SGD trains: leave it "
                         "out")
     if args.single_task and args.adapters == "shared":
-        raise UserError("--adapters shared shares one among tasks, and --single-task trains each "
-                        "alone: leave one of them out")
+        raise UserError("--adapters shared shares one adapter between tasks, but --single-task "
+                        "trains each task alone: leave one of them out")
 
 
 class Weights(nn.Module):
-    """What `finetune` trains, and `clip`, the CLIP that it belongs to.
+    """What `finetune` trains, and `clip`, the CLIP it is used with.
 
     "all" and "bias": parameters of a copy of CLIP. "adapter": CLIP-Adapter's bottlenecks after the
-    frozen CLIP itself. The state dict holds what is trained and nothing else.
+    frozen CLIP itself. The state dict holds only what is trained.
     """
 
     def __init__(self, model, train, n_adapters, ratio):
         super().__init__()
         copied = model if train == "adapter" else copy.deepcopy(model)
-        object.__setattr__(self, "clip", copied)        # neither in the state nor a parameter
+        object.__setattr__(self, "clip", copied)        # not registered as a submodule
         self.ratio, width = ratio, model.text_projection.shape[1]
         self.parts = nn.ParameterDict({
-            name.replace(".", "/"): parameter.requires_grad_()      # a key may not have a dot
+            name.replace(".", "/"): parameter.requires_grad_()      # keys must not contain dots
             for name, parameter in copied.named_parameters()
             if train == "all" or train == "bias" and name.endswith("bias")})
         self.adapters = nn.ModuleList(
@@ -2352,7 +2354,7 @@ def build_weights(args, model, tasks):
 
 
 def train_weights(args, model, tasks, run):
-    """Train weights on all tasks' images; the texts have the tasks' templates."""
+    """Train weights on all tasks' images; the texts use the tasks' templates."""
     weights = build_weights(args, model, tasks)
     texts = Texts(tasks, templates=True).to(model.logit_scale.device)
     frozen = args.train == "adapter"
@@ -2407,7 +2409,7 @@ def method_of(name):
 
 
 def method_of_result(name):
-    """As `method_of`; without a file of that name here, only the name and the shared settings."""
+    """As `method_of`; if its file is not here, a Method with only its name and shared settings."""
     try:
         return method_of(name)
     except UserError:
@@ -2434,7 +2436,7 @@ class CheckArgs:
 
 
 def check_data(argv):
-    """`python common.py check`: what a benchmark holds, and what is wrong (exit code 1)."""
+    """`python common.py check`: a benchmark's contents and problems (exit code 1 if any)."""
     from data.check import report
     args = command_line("check", CheckArgs, argv)
     lines, remarks, problems, images = report(args.data, args.root, args.quick, args.workers)
@@ -2456,26 +2458,26 @@ def check_data(argv):
 @dataclass
 class TableArgs:
     """Gather finished runs into tables: methods as columns, tasks as rows, mean ± sample standard
-    deviation over seeds; a table for each data, split and backbone."""
+    deviation over seeds; one table per benchmark, split and backbone."""
 
-    folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)  # run folders, or folders of some
-    baseline: str | None = None  # a column: print the others' paired difference to its average
+    folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)  # run folders, or their parents
+    baseline: str | None = None  # a column: also print the other columns' paired difference to it
     out: str | None = None  # also write table.md and table.csv there
     plot: bool = False  # also draw accuracy against parameters and against shots into --out
 
 
 def table(argv):
-    """`python common.py table runs/`: finished runs side by side, as the papers' tables are."""
+    """`python common.py table runs/`: finished runs side by side, like the papers' tables."""
     args = command_line("table", TableArgs, argv)
     if args.plot and not args.out:
-        raise UserError("--plot needs --out DIR, the folder that the figures go to")
+        raise UserError("--plot needs --out DIR, the folder for the figures")
     out = datasets.expand(args.out) if args.out else None
     if out:
         check_writable(out)
     runs = read_runs(args.folders)
     known = list(dict.fromkeys(["zero-shot", *runs.label]))
     baseline = args.baseline
-    if baseline and baseline not in known:                      # coop_mt is CoOp-MT, too
+    if baseline and baseline not in known:                      # coop_mt also means CoOp-MT
         alike = ([x for x in known if letters(x) == letters(baseline)]
                  or [x for x in known if letters(x).startswith(letters(baseline))])
         if len(alike) != 1:
@@ -2500,9 +2502,9 @@ def table(argv):
 
 
 def check_table_folder(out, rows):
-    """UserError where a folder holds a file that `table` would replace and did not write.
+    """Raise UserError if a folder holds a file that `table` would replace but did not write.
 
-    It wrote them where a table.csv with the columns of `rows`, which is written first, is there.
+    It wrote them if there is a table.csv, which is written first, with the columns of `rows`.
     """
     known, columns = out / "table.csv", rows.partition("\n")[0].encode()
     if known.is_file() and known.read_bytes().startswith(columns):
@@ -2516,8 +2518,8 @@ def check_table_folder(out, rows):
 def read_runs(folders):
     """A data frame with a row per finished run, seed and task (and "average"), oldest run first.
 
-    Runs that differ in their seeds alone have one `label`; of two runs of one seed the later
-    counts. Runs of --validate are left out, as they scored other images. UserError for an
+    Runs that differ only in their seeds share a `label`; of two runs with the same seed the later
+    counts. Runs with --validate are left out, because they scored other images. UserError for an
     unreadable result.
     """
     import pandas
@@ -2525,7 +2527,7 @@ def read_runs(folders):
     for folder in map(datasets.expand, folders):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: give the folder of a run, or one that "
-                            "holds some")
+                            "contains runs")
         paths |= {path.resolve() for path in folder.rglob("result.json")}
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime, str(path))):
         with usable(path, "remove it, or give other folders"):
@@ -2536,24 +2538,24 @@ def read_runs(folders):
             else:
                 rows += found
     if validated:
-        print(f"left out: {validated} run{'s' * (validated > 1)} of --validate, scored on held-out "
-              "training images", file=sys.stderr)
+        print(f"left out: {validated} run{'s' * (validated > 1)} with --validate, scored on "
+              "held-out training images", file=sys.stderr)
     if not rows:
         raise UserError(f"no finished run on test images in {', '.join(map(str, folders))}: a run "
-                        "writes its result.json at its end")
+                        "writes its result.json when it ends")
     for row in rows:            # a path that was given in an ASCII locale is not valid text
         row.update({key: datasets.printable(value) for key, value in row.items()
                     if isinstance(value, str)})
     runs = by_tests(pandas.DataFrame(rows))
     same = ["title", "label", "seed", "task"]
     for folder in runs[runs.duplicated(same, keep="last")].folder.unique():
-        print(f"{folder} has a seed that a later run has, too: the later one counts",
+        print(f"{folder} has a seed that a later run also has: the later run counts",
               file=sys.stderr)
     return runs.drop_duplicates(same, keep="last")
 
 
 def by_tests(runs):
-    """The runs; one that scored other classes or test images at a seed than the earlier ones of its
+    """The runs; a run that scored other classes or test images at a seed than earlier runs with its
     title gets another title, and so another table."""
     groups = {}                                 # title -> [{seed: what was scored}]
     for (title, _), part in runs.groupby(["title", "folder"], sort=False):
@@ -2581,7 +2583,7 @@ def benchmark_of(run):
 
 
 def rows_of(result):
-    """The rows of one result.json, per seed and task (and "average"); fails on a damaged one."""
+    """The rows of one result.json, per seed and task (and "average"); fails if it is damaged."""
     shared = {key: result["settings"].get(key) for key in (*SETTINGS, "precision")}
     shared.update(title=benchmark_of(result), label=label_of(result["settings"]))
     rows = []
@@ -2599,14 +2601,13 @@ def rows_of(result):
 
 
 def saved_args(method, settings):
-    """A method's settings out of those saved with a run; what the method does not know is left
-    out."""
+    """A method's settings from those saved with a run; settings the method lacks are left out."""
     known = {field.name for field in fields(method.Args)}
     return method.Args(**{key: value for key, value in settings.items() if key in known})
 
 
 def label_of(settings):
-    """The name of a run's column: its method, and the settings that are not its defaults.
+    """The name of a run's column: its method, and the settings that differ from its defaults.
 
     A run of zero-shot CLIP with one template is the column "zero-shot" that every table has.
     """
@@ -2623,8 +2624,8 @@ def label_of(settings):
 
 
 def layout(part, baseline=None):
-    """A table of cells, a row per task, average, seeds, parameters, seconds of training per seed; a
-    column per label.
+    """A table of cells: a row per task, then average, seeds, parameters and training time per seed;
+    a column per label.
 
     With a baseline also "minus baseline": the mean difference of the averages, paired by seed, and
     its standard error.
@@ -2651,7 +2652,7 @@ def layout(part, baseline=None):
 
 
 def paired(differences):
-    """`+1.2 ± 0.3`: the mean of differences and its standard error, or `+1.2` of one."""
+    """`+1.2 ± 0.3`: the mean of differences and its standard error, or `+1.2` for a single one."""
     if not len(differences):
         return ""
     error = f" ± {differences.sem():.1f}" if len(differences) > 1 else ""
@@ -2659,7 +2660,7 @@ def paired(differences):
 
 
 def as_rows(cells):
-    """A table of cells with its head and its row names."""
+    """The rows of a table of cells, with its header and row names."""
     return [["", *cells.columns], *([name, *row] for name, row in zip(cells.index, cells.values))]
 
 
@@ -2724,7 +2725,7 @@ def plot_shots(out, runs):
 
 
 def plot_gains(axis, part, markersize):
-    """A point per column at each number of shots, side by side; columns of one method have its
+    """A point per column at each number of shots, side by side; columns of the same method share a
     colour and differ in their markers."""
     shots, labels = sorted(part.shots.unique()), list(part.label.unique())
     methods = list(dict.fromkeys(label.split(",")[0] for label in labels))
@@ -2743,34 +2744,34 @@ def plot_gains(axis, part, markersize):
 
 @dataclass
 class PredictArgs:
-    """The likeliest classes of some images, by any method's saved prompts; needs no dataset."""
+    """The most likely classes of images, by any method's saved prompts; needs no dataset."""
 
     prompts: tyro.conf.Positional[str]  # the prompts.pt of a run
-    images: tyro.conf.Positional[tuple[str, ...]]  # files of images
-    task: str | None = None  # the task that the images are of, where there are several
-    clip: str | None = None  # backbone, where its file has moved
-    device: str | None = None  # cpu, cuda, ...; None: CUDA where there is one
+    images: tyro.conf.Positional[tuple[str, ...]]  # image files
+    task: str | None = None  # the images' task, if there are several
+    clip: str | None = None  # backbone, if its file has moved
+    device: str | None = None  # cpu, cuda, ...; None: CUDA if available
 
 
 def predict(argv):
-    """`python common.py predict CKPT IMAGE...`: the five likeliest classes, in %."""
+    """`python common.py predict CKPT IMAGE...`: the five most likely classes, in %."""
     given = command_line("predict", PredictArgs, argv)
     path = datasets.expand(given.prompts)
     saved = load_prompts(path)
     names = list(saved["tasks"])
     chosen = given.task or names[0]
     if given.task is None and len(names) > 1:
-        raise UserError(f"{path} has {len(names)} tasks: give the one of the images with --task: "
+        raise UserError(f"{path} has {len(names)} tasks: give the images' task with --task: "
                         f"{', '.join(names)}")
     if chosen not in names:
         raise UserError(f"{path} has no task '{chosen}'{datasets.nearest(chosen, names)}: "
                         f"give --task one of {', '.join(names)}")
     files = [str(datasets.expand(image)) for image in given.images]
     if not files:
-        raise UserError("there is nothing to predict: give the files of images")
+        raise UserError("there is nothing to predict: give image files")
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"there is no image {file}: give the files of images")
+            raise UserError(f"there is no image {file}: give image files")
         read_image(file)
     with usable(path, GIVE_PROMPTS):
         method = method_of(saved["method"])
@@ -2811,7 +2812,7 @@ class ShowArgs:
 def show(argv):
     """`python common.py show CKPT`: what a run's prompts are, and their scores.
 
-    Scores and groups are those of the result.json beside them.
+    Scores and groups come from the result.json beside them.
     """
     path = datasets.expand(command_line("show", ShowArgs, argv).prompts)
     path = path / "prompts.pt" if path.is_dir() else path
@@ -2827,7 +2828,7 @@ def show(argv):
             rows.append(["average", "", mean_std(result["average"])])
         print(f"\n{aligned(rows)}\n\nseeds {' '.join(map(str, saved['prompts']))}")
         if not result:
-            print(f"not finished, or scores are elsewhere (no result.json in {path.parent})")
+            print(f"no scores: there is no result.json in {path.parent}")
             return
         print(f"{measured(result)} in %; {result['trainable_parameters']:,} parameters")
         for key in ("groups", "nodes"):
@@ -2865,6 +2866,6 @@ def commands(argv=None):
 
 
 if __name__ == "__main__":
-    from common import commands as of_common  # the one `common` there is
+    from common import commands as of_common  # the module `common`, not this copy as __main__
     from common import script as of_script
     of_script(of_common)

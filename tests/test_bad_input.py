@@ -154,13 +154,13 @@ NUMBERS = [
     *[("coop_mt", f"{flag}={n}", f"{flag} must be at least 1, not {n}")
       for flag in ("--epochs", "--batch-size", "--n-ctx") for n in (0, -3)],
     ("coop_mt", "--views=-1", "--views must be at least 0, not -1"),
-    ("coop_mt", "--warm-up 2 --epochs 2", "--warm-up 2 leaves nothing of --epochs 2"),
+    ("coop_mt", "--warm-up 2 --epochs 2", "--warm-up must be below --epochs 2, not 2"),
     ("coop_mt", "--workers=-1", "--workers must be at least 0, not -1"),
     *[("coop_mt", f"--lr={rate}", f"--lr must be above 0, not {float(rate)}")
       for rate in ("0", "-0.1", "nan", "inf")],
     *[("coop_mt", f"--min-crop={part}", f"must be above 0 and at most 1, not {float(part)}")
       for part in ("0", "-1", "1.5", "nan", "inf")],
-    *[("coop_mt", f"--seeds {seeds}", f"--seeds takes different whole numbers ... not {seeds}")
+    *[("coop_mt", f"--seeds {seeds}", f"--seeds must be distinct integers ... not {seeds}")
       for seeds in ("1 1", "3 1 3", "-1", "1 -2", "4294967296")],
     *[("coop_mt", f"{flag} '{word}'", f"{flag} ... '{word}' ... --help") for flag, word in
       (("--epochs", "many"), ("--seeds", "2.5"), ("--shots", ""), ("--lr", "fast"))],
@@ -245,9 +245,9 @@ RUNS = [
     ("coop_mt", "--resume --out stopped --split 0.2", "without --split, not with --split 0.2"),
     ("coop_mt", "--resume --out stopped --single-task", "without --single-task, not with --sing"),
     ("coop_mt", "--resume --out stopped --epochs 0", "--epochs must be at least 1, not 0"),
-    ("mmap", "--resume --out stopped", "stopped is one of coop_mt: use coop_mt.py"),
+    ("mmap", "--resume --out stopped", "stopped belongs to coop_mt: use coop_mt.py"),
     ("mmap", "--resume --out grouped --no-specific", "with --specific, not with --no-specific"),
-    ("coop_mt", f"{SMALL} --out run", "--out ... run holds another run ... --resume to go on"),
+    ("coop_mt", f"{SMALL} --out run", "--out ... run holds another run ... --resume to continue"),
     ("coop_mt", f"{SMALL} --out stopped", "stopped holds another run ... choose another folder"),
     ("common", "zero-shot --out run", "run holds another run"),
     *[("coop_mt", f"{SMALL} --out {out}", f"{out} cannot be written ... notes.txt is a file")
@@ -365,7 +365,7 @@ READ_BY = pytest.mark.parametrize("file, script, words", [
     ("run/prompts.pt", "common", "predict run/prompts.pt x.png --task drawn"),
     ("run/result.json", "coop_mt", "--resume --out run"),
     ("run/result.json", "common", "table run")])
-UNUSABLE = "cannot be used, it is damaged or of another kind"
+UNUSABLE = "cannot be used, it is damaged or not the expected kind"
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_a_backbone_that_is_not_a_clip_is_named_and_runs_no_code(kind, place, tm
         content = KINDS[kind]((place / "random.pt").read_bytes())
     (tmp_path / "backbone.pt").write_bytes(content)
     refused(tmp_path, "coop_mt", f"{SMALL} --data {place}/shapes --clip backbone.pt",
-            "backbone.pt is not a CLIP checkpoint ... give a TorchScript archive")
+            "backbone.pt is not a usable CLIP checkpoint ... give a TorchScript archive")
 
 
 @pytest.mark.parametrize("script, words", [
@@ -496,7 +496,7 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_rejected(place, tmp_path, m
             out.mkdir()
             (out / "settings.json").write_text("another's")
 
-    with pytest.raises(common.UserError, match="another run, which has just begun: choose another"):
+    with pytest.raises(common.UserError, match="another run, which has just started: choose"):
         common.main(replace(COOP, check=late), f"{SMALL} --out {out}".split())
     assert contents(out) == {out / "settings.json": b"another's"}
 
@@ -538,7 +538,7 @@ def test_data_that_changed_since_a_run_was_stopped_are_noticed(place, tmp_path, 
         patch.setattr(common.Run, "interrupted", True)
         common.main(COOP, f"{SMALL} --clip {place}/random.pt --epochs 2 --out run".split())
     (images / "000.png").rename(images / "zzz.png")
-    says = "finished.pt does not fit the data as it is now ... another --out"
+    says = "finished.pt does not match the data as it is now ... another --out"
     refused(tmp_path, "coop_mt", "--resume --out run", says)
     (images / "zzz.png").unlink()
     refused(tmp_path, "coop_mt", "--resume --out run", says)

@@ -153,7 +153,7 @@ def test_saved_prompts_score_as_the_run_did_and_nothing_is_written(whole):
         code, again, err = run(f"{script} --eval {out / 'prompts.pt'}")
         assert code == 0 and table(again) == table(printed), err
     code, again, err = run(f"{command} --resume --out {out}")
-    assert code == 0 and table(again) == table(printed) and "had finished" in again, err
+    assert code == 0 and table(again) == table(printed) and "had already finished" in again, err
     assert bytes_of(out) == before and [path.name for path in out.parent.iterdir()] == ["run"]
 
 

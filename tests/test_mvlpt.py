@@ -666,7 +666,7 @@ def test_a_run_goes_on_with_the_source_tasks_that_it_began_with(shapes, other, t
     with killed(before="checkpoint.pt", nth=2):
         main(f"{shapes[1]} --source {other} --epochs 2 --out {tmp_path}/run")
     rename("cat", "lion")
-    with pytest.raises(common.UserError, match="does not fit the data"):
+    with pytest.raises(common.UserError, match="does not match the data"):
         main(f"--resume --out {tmp_path}/run")
     rename("lion", "cat")
     main(f"--resume --out {tmp_path}/run --source {other}")

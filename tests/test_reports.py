@@ -121,7 +121,7 @@ def test_runs_become_columns_and_their_seeds_are_joined(tmp_path, capsys):
     write_run(runs / "e", validate=True, accuracy=dict(A=[99.0, 99.0], B=[99.0, 99.0]))
     write_run(runs / "f", split=0.1, shots=None)
     rows, err = table(capsys, runs, "--out", out)
-    assert "left out: 1 run of --validate" in err
+    assert "left out: 1 run with --validate" in err
     assert rows[:9] == [
         ["pets, 4 shots, tiny"],
         ["zero-shot", "CoOp-MT", "CoOp-MT, --epochs 9, --n-ctx 4", "MmAP, --no-specific"],

@@ -60,7 +60,7 @@ def test_ctrl_c_is_answered_with_a_line_and_the_way_to_go_on(line, tmp_path):
     _, err = process.communicate(timeout=120)
     *before, last = err.splitlines()
     assert process.returncode == 130
-    assert last == f"vpt_mt.py: stopped; go on with --resume --out {out}"
+    assert last == f"vpt_mt.py: stopped; continue with --resume --out {out}"
     assert all(line.startswith("warning: --shots") for line in before)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] >= 1
     assert not (out / "result.json").exists()

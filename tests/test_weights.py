@@ -328,9 +328,9 @@ def test_where_openai_does_not_answer_the_copy_comes_and_is_kept(host, way):
 FAILS = {
     "truncated": (
         lambda body: {COPY: (200, {"ETag": sha256(body), "Content-Length": 9999999}, body[:999])},
-        "incomplete or changed",
+        "incomplete or altered",
     ),
-    "a wrong hash": (lambda body: behind_a_redirect(body, sha256(b"x")), "incomplete or changed"),
+    "a wrong hash": (lambda body: behind_a_redirect(body, sha256(b"x")), "incomplete or altered"),
     "no hash": (lambda body: {COPY: (200, {"ETag": "5"}, body)}, "does not give the file's SHA"),
     "the hash of the server behind": (
         lambda body: {COPY: (302, {"Location": "/cdn"}, b""),

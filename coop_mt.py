@@ -23,11 +23,11 @@ and the loss is the sum of the tasks' cross-entropies. Only the text side is tra
         --proda 2                                       # ... column ProDA
 
 Two related methods, trained one task at a time, as in HiPro's tables. CoCoOp (Zhou, Yang, Loy and
-Liu, "Conditional Prompt Learning for Vision-Language Models", CVPR 2022) adds to each context
-vector one vector that a small network makes of the image's feature, so every image has its own
-texts. ProDA (Lu, Liu, Zhang, Liu and Tian, "Prompt Distribution Learning", CVPR 2022) learns K
-contexts, takes the K classifiers that they give for samples of a Gaussian, and minimises an upper
-bound of the expected loss under it.
+Liu, "Conditional Prompt Learning for Vision-Language Models", CVPR 2022) adds to every context
+vector the output of a small network on the image feature, so each image has its own texts. ProDA
+(Lu, Liu, Zhang, Liu and Tian, "Prompt Distribution Learning", CVPR 2022) learns K contexts, treats
+their K classifiers as samples of a Gaussian, and minimises an upper bound on the expected loss
+under it.
 
 paper           code                                    paper       code
 [v]_1..b        Context.vectors [K, b, d_l], K = 1      L_T         losses [N], MmAP's Eq. (5)
@@ -38,26 +38,26 @@ L_upper, L_so   upper_bound, orthogonality              lambda      0.1
 Choices the papers leave open
 - b = 16 vectors, N(0, 0.02): CoOp's; MmAP states neither. JSCPT's fixed learning rate is
   `--schedule constant`.
-- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
-  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`.
-- A step takes a batch of every task (`common.batches`). `--batches mixed` is HiPro's protocol.
-- Views are fresh every epoch. At the built-in backbone 8 views per image are drawn once instead, so
-  that the frozen encoder sees each of them once; they show at least 0.6 of the area, because `tiny`
-  was never trained on small crops of a drawing.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published config, where the
+  first of the five epochs runs at 1e-5. No paper states this warm-up; `--warm-up 1` adds it.
+- A step takes a batch from every task (`common.batches`). `--batches mixed` is HiPro's protocol.
+- Views are fresh every epoch. For the built-in backbone 8 views per image are drawn once instead,
+  so that the frozen encoder encodes each of them once; they show at least 0.6 of the area, because
+  `tiny` was never trained on small crops of a drawing.
 - `--surgery imtl` is IMTL-G alone: with one shared prompt and no task-specific layers, the loss
-  balance is off. IMTL-G and CAGrad return averages of the gradients; times the number of tasks
-  present here, to be as long as the sum that PCGrad starts from. PCGrad's random order has a
-  generator of its own, so that all kinds of surgery train on the same views. A task that is absent
-  from a mixed batch takes no part.
-- CoCoOp: b = 16 vectors, N(0, 0.02), as the other columns of HiPro have (its own paper: 4, from "a
-  photo of a"); its own batch of 1, 10 epochs and learning rate 0.002 are the defaults of
-  `--conditional`. The network sees the image feature at unit length, as its authors' program does.
+  balance is off. IMTL-G and CAGrad return averages of the gradients; here they are multiplied by
+  the number of tasks in the step, to be as long as the sum that PCGrad starts from. PCGrad's random
+  order has its own generator, so all kinds of surgery train on the same views. A task without
+  images in a mixed batch is left out.
+- CoCoOp: b = 16 vectors, N(0, 0.02), like HiPro's other columns (its own paper: 4, from "a photo of
+  a"); its own batch size of 1, 10 epochs and learning rate 0.002 are the defaults of
+  `--conditional`. The network's input is the unit-length image feature, as in its authors' program.
 - ProDA: K = 2 contexts per task have about as many parameters as HiPro's 2N - 1 nodes for N tasks
   ("we limit the number of learnable prompts of ProDA so that its #parameters are close to HiPro"),
-  so all K are in every step. The class name stands at the end (ProDA also learns contexts around
-  and behind it). The covariance is the full one of the K classifiers, divided by K (its authors'
-  program, as copied by others, keeps the diagonal and divides by K + 1); a test image is classified
-  by their mean. HiPro's epochs, batch and learning rate are the defaults of `--proda`.
+  so every step uses all K. The class name comes at the end (ProDA also learns contexts with it in
+  the middle and at the front). The covariance is the full one of the K classifiers, divided by K
+  (copies of the authors' program keep the diagonal and divide by K + 1); a test image is classified
+  by their mean. HiPro's epochs, batch size and learning rate are the defaults of `--proda`.
 """
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -69,7 +69,7 @@ from torch import nn
 import common
 
 LAMBDA = 0.1                            # ProDA's weight of its orthogonality loss
-FEW = 16                                # test images whose own texts fit into memory at once
+FEW = 16                                # test images per batch where each has its own texts
 
 
 @dataclass
@@ -84,15 +84,15 @@ class Args(common.Args):
     n_ctx: common.Count = 16  # context length b; HiPro: "Prompt with 16 tokens"
     schedule: Literal["cosine", "constant"] = "cosine"  # JSCPT: "a learning rate fixed at 0.0015"
     single_task: bool = False  # a context per task, each trained alone (the papers' column CoOp)
-    surgery: Literal["none", "pcgrad", "imtl", "cagrad"] = "none"  # where tasks' gradients disagree
-    conditional: bool = False  # CoCoOp: shift the context by what a network makes of the image
+    surgery: Literal["none", "pcgrad", "imtl", "cagrad"] = "none"  # for conflicting task gradients
+    conditional: bool = False  # CoCoOp: shift the context by a network's output on the image
     # ProDA: the number K of contexts
     proda: Annotated[int, common.AtLeast(2)] | None = None
 
 
 def defaults(args):
-    """Settings that follow from others: CoCoOp's own, for ProDA those of HiPro's comparison, MmAP's
-    on MiniDomainNet; those of `tiny` were chosen as data/README.md says."""
+    """Settings that depend on others: CoCoOp's own, for ProDA HiPro's, on MiniDomainNet MmAP's, and
+    those of `tiny` (data/README.md says how they were chosen)."""
     usual = {}
     if args.conditional:
         usual.update(batch_size=1, epochs=10, lr=0.002)
@@ -121,8 +121,8 @@ class Context(nn.Module):
                                       nn.Linear(hidden, width))
 
     def text_prompts(self, x=None):
-        """Prompts [L=1, S, b, d_l], S contexts: context optimisation works on the input layer
-        alone. CoCoOp, v_m(x) = v_m + pi: a context for each image of x [B, D]."""
+        """Prompts [L=1, S, b, d_l], S contexts: context optimisation only changes the input layer.
+        CoCoOp, v_m(x) = v_m + pi: a context for each image of x [B, D]."""
         if self.meta is None:
             return self.vectors[None]
         return (self.vectors + self.meta(F.normalize(x, dim=-1))[:, None])[None]
@@ -137,9 +137,9 @@ def build(args, model, tasks):
 
 def upper_bound(logits, labels):
     """ProDA's surrogate loss L_upper [B]: the cross-entropy of the mean logits, each raised by half
-    the variance of its distance to the right class's.
+    the variance of its difference to the correct class's logit.
 
-    logits [K, B, C] by the K classifiers: scale * x.w_c. With x^T A_c x = Var(x.(w_c - w_y)), where
+    logits [K, B, C] of the K classifiers: scale * x.w_c. With x^T A_c x = Var(x.(w_c - w_y)), where
     A_c = S_cc + S_yy - S_cy - S_yc of the classifiers' covariance S, no covariance is ever formed.
     """
     right = logits.gather(2, labels.expand(len(logits), -1)[..., None])         # [K, B, 1]
@@ -155,12 +155,12 @@ def orthogonality(w):
 
 
 def repeated(tokens, n):
-    """The C texts [C, T] once for each of n contexts: (tokens [n*C, T], the context of each)."""
+    """The C texts [C, T] repeated for each of n contexts: (tokens [n*C, T], each one's context)."""
     return tokens.repeat(n, 1), torch.arange(n).repeat_interleave(len(tokens))
 
 
 def cocoop_losses(model, prompts, x, labels, task, texts):
-    """CoCoOp: every image x [B, D] has texts of its own; the tasks' losses [N]."""
+    """CoCoOp: the tasks' losses [N], where every image of x [B, D] has its own texts."""
     tokens, sets = repeated(texts.tokens, len(x))
     w = common.encode_text(model, tokens, prompts.text_prompts(x), sets)        # [B*C, D]
     w = w.unflatten(0, (len(x), -1))                                            # [B, C, D]
@@ -180,8 +180,8 @@ def proda_losses(model, prompts, x, labels, texts):
 
 
 def combined(surgery, losses, vectors, generator):
-    """The direction to descend along, shaped as the context, from the losses [N'] of the tasks that
-    have images in the step."""
+    """The direction to descend along, in the context's shape, from the losses [N'] of the tasks
+    with images in the step."""
     grads = [torch.autograd.grad(loss, vectors, retain_graph=True)[0] for loss in losses]
     grads = torch.stack(grads).flatten(1)                                       # [N', P]
     if surgery == "pcgrad":
@@ -238,7 +238,7 @@ def classify(args, model, tasks, prompts):
     if args.conditional:
         return dict(classifiers=[conditional_logits])
     with torch.no_grad():
-        w = text_features().mean(dim=0)                 # ProDA's mu; of one context, its own
+        w = text_features().mean(dim=0)                 # ProDA's mu, or the only context's w
     return dict(classifiers=[w[mine] for mine in texts.mine.to(w.device)])
 
 
@@ -249,8 +249,8 @@ def check(args, tasks):
         raise common.UserError("--conditional is CoCoOp and --proda is ProDA: leave one of them "
                                "out")
     if args.surgery != "none" and (args.single_task or args.conditional or args.proda):
-        raise common.UserError("--surgery works on a prompt that tasks share, and --single-task, "
-                               "--conditional and --proda leave none: leave one of them out")
+        raise common.UserError("--surgery needs a prompt that tasks share, but with --single-task, "
+                               "--conditional and --proda there is none: leave one of them out")
     for flag in ("conditional", "proda"):
         if getattr(args, flag) and not args.single_task:
             raise common.UserError(f"--{flag} is trained one task at a time: add --single-task")
@@ -259,7 +259,7 @@ def check(args, tasks):
                                "--views")
     for task in tasks or []:
         if args.proda and any(isinstance(label, tuple) for label in task.train.labels):
-            raise common.UserError(f"--proda has a loss for one class per image, and {task.name} "
+            raise common.UserError(f"--proda's loss needs one class per image, but {task.name} "
                                    "has several: leave the task out")
 
 

@@ -1,12 +1,12 @@
-r"""MaPLe-MT: text prompts in the first layers and image prompts that linear maps make of them.
+r"""MaPLe-MT: text prompts in the first layers, and linear maps of them as image prompts.
 
 Khattak, Rasheed, Maaz, Khan and Khan, "MaPLe: Multi-modal Prompt Learning", CVPR 2023; multi-task
 as the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "We also construct a multi-task version,
 referred to as MaPLE-MT").
 
 The idea: CLIP's two encoders should adapt together. The text encoder gets b learned prompts P_k in
-each of its first J layers, and the image encoder of the same layer gets F_k(P_k), a learned linear
-map of the same prompts ("coupling"), so that the gradient of either side moves both. All else is
+each of its first J layers, and the same layer of the image encoder gets F_k(P_k), a learned linear
+map of these prompts ("coupling"), so that gradients from either side update both. All else is
 frozen, all tasks share the prompts, and the loss is the sum of the tasks' cross-entropies.
 
     python maple_mt.py                                                          # built-in benchmark
@@ -22,17 +22,17 @@ P~_k        image_prompts()[k] = F_k(P_k) [b, d_v]      J           --depth
 
 Choices the papers leave open
 - b = 16 in all 12 layers: 4,826,112 parameters, the 4.8 M of MmAP's and JSCPT's tables. MaPLe's own
-  9 layers of 2 (3,555,072) are flags.
-- Text prompts start at N(0, 0.02), the maps as PyTorch's linear layers do, each drawn by itself
-  (the authors' deeper maps start as copies of one). With b up to 4 the first layer's start at the
-  first b words of "a photo of a", and the text keeps the others, as in the authors' program: with
-  b = 2 it is "[v]_1 [v]_2 of a [class].".
+  setting, 2 prompts in 9 layers (3,555,072), is `--depth 9 --n-ctx 2`.
+- Text prompts are initialised from N(0, 0.02), the maps independently, like PyTorch's linear layers
+  (the authors' deeper maps start as copies of one). With b up to 4, the first layer's prompts start
+  at the first b words of "a photo of a" and the text keeps the rest, as in the authors' program:
+  with b = 2 it is "[v]_1 [v]_2 of a [class].".
 - The first layer's image prompts pass through `ln_pre`, as in the authors' program; deeper ones
   enter as they are.
-- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
-  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. JSCPT's fixed
-  rate is `--schedule constant`. A step takes a batch of every task (`common.batches`), with fresh
-  views.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published config, where the
+  first of the five epochs runs at 1e-5. No paper states this warm-up; `--warm-up 1` adds it.
+  JSCPT's fixed rate is `--schedule constant`. A step takes a batch from every task
+  (`common.batches`), with fresh views.
 """
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -75,11 +75,11 @@ class CoupledPrompts(nn.Module):
     """Text prompts P_k of the first layers, and image prompts F_k(P_k) (MaPLe, Sec. 3.2.3)."""
 
     def __init__(self, n_layers, n_ctx, d_text, d_image, ln_pre=None, words=None):
-        """words: [b, d_l], the start of the first layer's text prompts; ln_pre: CLIP's layer."""
+        """words: [b, d_l], initial text prompts of the first layer; ln_pre: CLIP's layer."""
         super().__init__()
         self.P = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, d_text))
         self.F = nn.ModuleList(nn.Linear(d_text, d_image) for _ in range(n_layers))
-        self.ln_pre = [ln_pre or nn.Identity()]     # in a list: CLIP's layer is not a part of this
+        self.ln_pre = [ln_pre or nn.Identity()]     # in a list, so it is not a submodule
         if words is not None:
             self.P.data[0] = words
 
@@ -94,7 +94,7 @@ class CoupledPrompts(nn.Module):
 
 
 def texts_of(args, tasks):
-    """The tasks' texts: b prompts, the words of "a photo of a" behind them, the class name."""
+    """The tasks' texts: b prompts, the remaining words of "a photo of a", the class name."""
     template = " ".join(PHOTO.split()[min(args.n_ctx, 4):])             # "{}" for 4 prompts or more
     return common.Texts([replace(task, template=template) for task in tasks], args.n_ctx,
                         templates=True)

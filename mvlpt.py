@@ -1,14 +1,14 @@
-r"""MVLPT: a prompt learned on many source tasks starts the prompts of the target tasks.
+r"""MVLPT: a prompt learned on many source tasks initialises the prompts of the target tasks.
 
 Shen, Yang, Zhang, Zhai, Gonzalez, Keutzer and Darrell, "Multitask Vision-Language Prompt Tuning",
 WACV 2024.
 
-The idea: (1) A prompt learned on all source tasks together is a better start for every target task
-than random numbers. (2) A target also learns from tasks that resemble it: those whose own prompts,
-used as they are, do best on it. (3) So each target adapts the source prompt alone or together with
-its best partners, and keeps the checkpoint that is best on its own held-out images. A prompt is a
-text context (`coop`), image prompts in every layer (`vpt`), or both, tied by a small transformer
-(`upt`); with these, MVLPT is called MCoOp, MVPT and MUPT.
+The idea: (1) A prompt learned on all source tasks together is a better initialisation for every
+target task than random values. (2) A target also learns from similar tasks: those whose own
+prompts, used unchanged, score best on it. (3) So each target adapts the source prompt alone or
+together with its best partners, and keeps the checkpoint that is best on its own held-out images. A
+prompt is a text context (`coop`), image prompts in every layer (`vpt`), or both, tied by a small
+transformer (`upt`); with these, MVLPT is called MCoOp, MVPT and MUPT.
 
     python mvlpt.py                                                     # built-in benchmark, CPU
     python mvlpt.py --data elevater12 --source coop11 --shots 20 --seeds 1 2 3      # Table 1, MUPT
@@ -27,8 +27,8 @@ text context (`coop`), image prompts in every layer (`vpt`), or both, tied by a 
         --lr 0.0015 --batches tasks --batch-size 16 --n-ctx 16      # JSCPT, Table 1, column MVLPT
                         # (there by SGD at a fixed rate, here by Adam, warm-up and cosine)
 
-`--init DIR/prompts.pt` takes another run's source prompt instead of stage 1, `--transfer
-DIR/result.json` the matrix that a study or a run with partners has measured.
+`--init DIR/prompts.pt` replaces stage 1 with another run's source prompt; `--transfer
+DIR/result.json` reuses the transfer matrix of a `--transferability` study or a run with partners.
 
 paper           code                            paper           code
 P, Eq. (2)      Prompt.U_T under `coop`         U_T, U_V        Prompt.U_T, Prompt.U_V
@@ -37,45 +37,44 @@ source prompt   Prompts.source                  Figure 4        transferability(
 target prompts  Prompts.targets                 Table 5         Prompts.groups
 
 Choices the paper leaves open
-- UPT: text context and image prompts of all layers pass, each modality through a linear map, to
-  width 128, as one sequence through the block, and back through two maps: 566,400 parameters at
-  ViT-B/16 (the paper: 0.45% of CLIP). The block is CLIP's own pre-norm residual block, which the
-  authors ran: U' = U + SA(LN(U)), U^ = U' + FFN(LN(U')). Eq. (4) prints U' = SA(U) + LN(U),
-  U^ = FFN(LN(U')) + LN(U').
-- Prompts start at N(0, 0.02), the text's as in CoOp, the images' too (the authors' program:
-  uniform, 1.8 times as wide); maps and block as PyTorch makes them. Without stage 1 all targets
-  start from the same random prompt. Under `vpt` the text is "a photo of a [class]" on all datasets.
-- Adam without weight decay. The warm-up epoch, the first of either stage, has CoOp's constant rate,
+- UPT: one linear map per modality takes the text context and the image prompts of all layers to
+  width 128, they pass through the block as one sequence, and two more maps take them back: 566,400
+  parameters at ViT-B/16 (the paper: 0.45% of CLIP). The block is CLIP's own pre-norm residual
+  block, which the authors ran: U' = U + SA(LN(U)), U^ = U' + FFN(LN(U')). Eq. (4) prints
+  U' = SA(U) + LN(U), U^ = FFN(LN(U')) + LN(U').
+- Text prompts are initialised from N(0, 0.02), as in CoOp, and so are image prompts (the authors'
+  program: uniform, 1.8 times as wide); maps and block as PyTorch does. Without stage 1 all targets
+  start from the same random prompt. With `vpt` the text is "a photo of a [class]" on all datasets.
+- Adam without weight decay. The warm-up epoch, the first of each stage, has CoOp's constant rate,
   1e-5 (`common.scheduled`).
-- "Trained with a batch size of 32": a step takes 32 images of the shuffled union of the tasks that
-  are trained together, and an epoch shows every image once. The loss is the mean over the step's
-  images, each over its own task's classes, so a task counts by its few-shot size. For JSCPT's
-  column a step takes a batch of every task (`--batches tasks`), as in its other columns.
-- Held-out part: 20% of the few-shot set, spread over the classes; up to 4 images per class of a
-  dataset's own validation part (CoOp's protocol; of ELEVATER's datasets none is used). At 1 shot
-  without one the training images serve. The first of equally good epochs is kept, as in CoOp's
-  program; for the source prompt by the mean over the source tasks.
-- Each task has its dataset's metric, also on the held-out part. In VOC 2007 an image has several
-  classes: the loss is the cross-entropy with their uniform distribution, as the authors train it.
-- Source tasks default to the targets, and have as many shots, or the same split (Sec. 4.1). Tasks
-  that train on images which a target tests on are rejected, also where the run that `--init` names
-  trained on them.
-- Transfer is measured on held-out images, one seed at a time, so that no test image chooses a
-  group. Only the study (`--transferability`) measures it on test images, as Figure 4 does; its
-  prompts are the single-task baselines, and train as long as an adaptation does.
-- Partners are the sources of the largest transfer to a target (Sec. 4.3), the worst those of the
-  smallest. Targets that have the same group train once and keep a checkpoint each. `--group-size
-  best` takes the size among 1, 2 and 3 whose checkpoint is best on the target's held-out part, of
-  equally good ones the smallest. The paper's "Worst M" is below single-task adaptation, so it has
-  partners: sizes 2 and 3.
-- Fresh views every epoch; ELEVATER's images are only resized. At the built-in backbone `coop` draws
-  8 views per image once instead, so that the frozen encoder sees each of them once, and all views
-  show at least 0.6 of the area, because `tiny` was never trained on small crops.
-- Where the authors' program departs from the paper, this follows the paper. The program runs SGD;
-  has one softmax over all tasks' classes; puts the class name in the middle of the context, where
-  Eq. (2) has it at the end; starts targets at the average of three seeds' source prompts; and feeds
-  UPT's block a tensor [1, n, 128] where it expects [n, 1, 128], so that no prompt attends to
-  another.
+- "Trained with a batch size of 32": a step takes 32 images from the shuffled union of the tasks
+  that are trained together, and an epoch uses every image once. The loss is the mean over the
+  step's images, each over its own task's classes, so a task's weight is its few-shot size. For
+  JSCPT's column a step takes a batch from every task (`--batches tasks`), as in its other columns.
+- Held-out part: 20% of the few-shot set, spread over the classes, or up to 4 images per class of a
+  dataset's own validation part (CoOp's protocol; ELEVATER's validation parts are not used). At 1
+  shot without one, the training images are used. The first of equally good epochs is kept, as in
+  CoOp's program; the source prompt is judged by the mean over the source tasks.
+- Each task is scored by its dataset's metric, on the held-out part too. In VOC 2007 an image has
+  several classes: the loss is the cross-entropy with their uniform distribution, as the authors do.
+- Source tasks default to the targets, and have the same shots or split (Sec. 4.1). Source tasks
+  that train on a target's test images are rejected, and so is an `--init` run that did.
+- Transfer is measured on held-out images, one seed at a time, so that test images never decide the
+  groups. Only the study (`--transferability`) measures it on test images, as Figure 4 does; its
+  prompts are the single-task baselines, trained for as long as an adaptation.
+- Partners are the sources with the largest transfer to a target (Sec. 4.3); the worst partners have
+  the smallest. Targets with the same group are trained once, and each keeps its own checkpoint.
+  `--group-size best` takes the size among 1, 2 and 3 whose checkpoint is best on the target's
+  held-out part, and the smallest of equally good ones. The paper's "Worst M" is below single-task
+  adaptation, so it has partners: sizes 2 and 3.
+- Fresh views every epoch; ELEVATER's images are only resized. For the built-in backbone `coop`
+  draws 8 views per image once instead, so that the frozen encoder encodes each of them once, and
+  all views show at least 0.6 of the area, because `tiny` was never trained on small crops.
+- Where the authors' program departs from the paper, this file follows the paper. The program uses
+  SGD; has one softmax over all tasks' classes; puts the class name in the middle of the context,
+  where Eq. (2) has it at the end; initialises targets with the average of three seeds' source
+  prompts; and feeds UPT's block a tensor [1, n, 128] where it expects [n, 1, 128], so that no
+  prompt attends to another.
 """
 import copy
 import sys
@@ -103,18 +102,19 @@ class Args(common.Args):
     lr: common.Rate = 0.002  # "Adam optimizer and cosine learning rate schedule. [...] 2e-3"
     # "the warmup period is set as 1 epoch"
     warm_up: Annotated[int, common.AtLeast(0)] = 1
-    batch_size: common.Count = 32  # images in a step; with --batches tasks of each task
-    batches: Literal["tasks", "mixed"] = "mixed"  # a batch of every task, or of the shuffled union
+    batch_size: common.Count = 32  # images in a step; with --batches tasks, per task
+    # a batch from every task, or from the shuffled union of the tasks
+    batches: Literal["tasks", "mixed"] = "mixed"
     n_ctx: common.Count = 4  # "4 contexts for UPT only", 16 for --prompt coop and vpt
     prompt: Literal["coop", "vpt", "upt"] = "upt"  # text context, image prompts, or both tied
     source: str | None = None  # tasks of stage 1, as in --data, or none; None: the targets
     init: str | None = None  # the prompts.pt of a run whose source prompt replaces stage 1
-    # of stage 2; None: --epochs; 0: the source prompt as it is
+    # epochs of stage 2; None: as --epochs; 0: use the source prompt unchanged
     adapt_epochs: Annotated[int, common.AtLeast(0)] | None = None
     # tasks adapted together; best: Table 2
     group_size: common.Count | Literal["all", "best"] = 1
     grouping: Literal["best", "worst"] = "best"  # partners by transferability; worst: Table 3
-    transfer: str | None = None  # the result.json of a run, for its matrix, instead of measuring
+    transfer: str | None = None  # a run's result.json with the transfer matrix to use
     transferability: bool = False  # the study of Figure 4: each task's prompt scored on all tasks
     heads: common.Count = 1  # UPT: "a one-layer one-head Transformer block"; others: Figure 6
     layers: common.Count = 1  # UPT's blocks; others: Figure 6
@@ -126,7 +126,7 @@ class Args(common.Args):
 
 
 def defaults(args):
-    """CoOp's and VPT's length, and what suits `tiny` (data/README.md, "Settings for `tiny`")."""
+    """CoOp's and VPT's prompt length, and settings for `tiny` (data/README.md)."""
     usual = dict(n_ctx=4 if args.prompt == "upt" else 16)
     if args.clip == "tiny":
         usual.update(epochs=10, min_crop=0.6)
@@ -138,7 +138,7 @@ def defaults(args):
 
 
 def epochs_of_stage_2(args):
-    """`--adapt-epochs`, by default as many as stage 1 has."""
+    """`--adapt-epochs`, by default as many as in stage 1."""
     return args.epochs if args.adapt_epochs is None else args.adapt_epochs
 
 
@@ -179,19 +179,19 @@ class Prompts(nn.Module):
     """The source prompt, a prompt per target, the transfer between targets, and their groups."""
 
     def __init__(self, prompt, n_tasks, adapted):
-        """adapted: whether the targets have prompts of their own (not with `--adapt-epochs 0`)."""
+        """adapted: whether the targets have their own prompts (not with `--adapt-epochs 0`)."""
         super().__init__()
-        self.source = prompt.requires_grad_(not adapted)    # what is trained last is what counts
+        self.source = prompt.requires_grad_(not adapted)    # trainable only without targets
         self.targets = nn.ModuleList(copy.deepcopy(prompt) for _ in range(n_tasks) if adapted)
         self.targets.requires_grad_()
         self.register_buffer("accuracy", torch.zeros(n_tasks, n_tasks))   # %, source i, target j
         self.register_buffer("measured_on", torch.zeros(len(IMAGES), dtype=torch.bool))
-        groups = torch.full((n_tasks, n_tasks), -1)             # of each target: itself comes first
+        groups = torch.full((n_tasks, n_tasks), -1)             # a row per target, itself first
         groups[:, 0] = torch.arange(n_tasks)
         self.register_buffer("groups", groups)
 
     def group_lists(self):
-        """Each target's group as a list of task numbers, its own first."""
+        """Each target's group as a list of task numbers, the target first."""
         return [[i for i in row if i >= 0] for row in self.groups.tolist()]
 
 
@@ -213,7 +213,7 @@ def n_text(args):
 
 
 def texts_of(args, tasks, sets=None):
-    """The tasks' texts: a context before the class name, or under `vpt` "a photo of a [class]."."""
+    """The tasks' texts: a context before the class name, or with `vpt` "a photo of a [class]."."""
     if args.prompt == "vpt":
         return common.Texts([replace(task, template=PHOTO) for task in tasks], templates=True)
     return common.Texts(tasks, args.n_ctx, sets)
@@ -232,7 +232,7 @@ def transferability(accuracy):
 def group_by_transfer(transfer, size):
     """For each target, itself and then its `size` - 1 best sources, the best first (Sec. 4.3).
 
-    transfer: [N, N], row = source, column = target. Of equal sources the first is taken.
+    transfer: [N, N], row = source, column = target. Ties go to the first source.
     Returns lists of task numbers.
     """
     groups = []
@@ -244,14 +244,14 @@ def group_by_transfer(transfer, size):
 
 
 def group_sizes(args, n_tasks):
-    """The sizes of the groups that a target may adapt in."""
+    """The possible sizes of a target's group."""
     if args.group_size == "best":
         return [size for size in (1, 2, 3) if size <= n_tasks]      # Table 5: up to two partners
     return [n_tasks if args.group_size == "all" else args.group_size]
 
 
 def chooses_partners(args, n_tasks):
-    """Whether a group can have one partner or another."""
+    """Whether there is a choice of partners."""
     return any(1 < size < n_tasks for size in group_sizes(args, n_tasks))
 
 
@@ -290,7 +290,7 @@ def measure_transfer(args, model, tasks, prompts, run):
 
 
 def transfer_images(args, task):
-    """The images that transfer to a task is measured on, and what they are, one of IMAGES."""
+    """The images on which transfer to a task is measured, and their kind, one of IMAGES."""
     if args.transferability:
         return task.test, "held-out" if args.validate else "test"
     return validation_images(task), "held-out" if task.val else "training"
@@ -299,7 +299,7 @@ def transfer_images(args, task):
 # ------------------------------------------------------------------------- training (Sec. 3.2)
 
 class Best(nn.Module):
-    """The best checkpoints so far, [S] of them, and their accuracies on held-out images."""
+    """S checkpoints, each the best so far by its own accuracy on held-out images."""
 
     def __init__(self, prompt, n):
         super().__init__()
@@ -307,7 +307,7 @@ class Best(nn.Module):
         self.register_buffer("accuracy", torch.full((n,), -1.0))
 
     def update(self, prompt, accuracy):
-        """Copy a prompt to every place where its accuracy (of accuracy [S]) is the best so far."""
+        """Copy a prompt to every place s where its accuracy[s] is the best so far."""
         for place, value in enumerate(accuracy):
             if value > self.accuracy[place]:
                 self.accuracy[place] = value
@@ -321,20 +321,20 @@ def validation_images(task):
 
 
 def with_held_out(tasks, seed):
-    """The tasks with their held-out parts set; says where there are none."""
+    """The tasks with their held-out parts set; prints which tasks have none."""
     tasks = data.with_held_out(tasks, seed)
     bare = [task.name for task in tasks if not task.val]
     if bare:
-        print(f"no image of {', '.join(bare)} can be held out: the training images choose the "
-              "checkpoint", flush=True)
+        print(f"no image of {', '.join(bare)} can be held out: the checkpoint is chosen on the "
+              "training images", flush=True)
     return tasks
 
 
 def learn(args, model, run, phase, tasks, start, epochs, keep):
-    """Train a copy of the prompt `start` on tasks together, and keep its best checkpoints.
+    """Train a copy of the prompt `start` jointly on tasks, and keep its best checkpoints.
 
-    keep: a list of task numbers per checkpoint wanted, which is then the best on the mean accuracy
-    of these tasks' held-out parts. Returns a `Best` of them.
+    keep: for each checkpoint, a list of task numbers; the checkpoint with the best mean accuracy on
+    these tasks' held-out parts is kept. Returns a `Best`.
     """
     prompt = copy.deepcopy(start).requires_grad_()
     best = Best(start, len(keep)).to(model.logit_scale.device)
@@ -352,7 +352,7 @@ def learn(args, model, run, phase, tasks, start, epochs, keep):
             if text_prompts is not None:
                 w = common.encode_text(model, texts.tokens, text_prompts, texts.sets)   # [C, D]
             losses = common.task_losses(model, x, w, labels, task, texts)       # [N]
-            share = F.one_hot(task, len(tasks)).to(losses.dtype).mean(dim=0)    # [N], of the images
+            share = F.one_hot(task, len(tasks)).to(losses.dtype).mean(dim=0)    # [N], sums to 1
             loss = share @ losses               # the mean over the step's images
             optimizer.zero_grad()
             loss.backward()
@@ -391,7 +391,7 @@ def has_stage_1(args):
 
 
 def sources(args, seed):
-    """The tasks of stage 1 where they are not the targets."""
+    """The tasks of stage 1, if they are not the targets."""
     if not has_stage_1(args) or args.source in (None, args.data):
         return []
     if args.download:
@@ -409,7 +409,7 @@ def learn_source(args, model, targets, prompts, run):
 
 
 def adapt(args, model, targets, prompts, run):
-    """Stage 2, "multitask prompt adaptation": each group of targets from the source prompt."""
+    """Stage 2, "multitask prompt adaptation": train each group, starting at the source prompt."""
     names = [task.name for task in targets]
     owners = {}                             # tasks trained together -> {target: its group}
     for groups in candidate_groups(args, prompts.accuracy):
@@ -429,21 +429,20 @@ def adapt(args, model, targets, prompts, run):
                 prompts.groups[target, :len(group)] = torch.tensor(group)
     if args.group_size != 1:
         told = ["[" + ", ".join(names[i] for i in group) + "]" for group in prompts.group_lists()]
-        print(f"groups ({args.grouping} partners), a target first: {'  '.join(told)}", flush=True)
+        print(f"groups ({args.grouping} partners), target first: {'  '.join(told)}", flush=True)
 
 
 # ------------------------------------------------- transfer matrices and source prompts from files
 
-# a matrix or a source prompt serves runs with the same backbone and
+# a matrix or a source prompt can be reused with the same backbone and the same
 SAME = ("prompt", "n_ctx", "split", "shots", "heads", "layers", "width")
 
 
 def read_transfer(args, tasks, seed):
     """The accuracies [N, N] between tasks in args.transfer, and what images they were measured on.
 
-    A seed has its own, because what one seed holds out another may test on. Raises UserError where
-    the file has none of these tasks and this seed, or they are of another prompt, backbone or
-    split.
+    Each seed has its own, because images held out at one seed may be test images at another. Raises
+    UserError if the file lacks these tasks or this seed, or has another prompt, backbone or split.
     """
     owner, result = f"--transfer {args.transfer}", common.load_result(args.transfer)
     if "transfer_accuracy" not in result:
@@ -454,8 +453,8 @@ def read_transfer(args, tasks, seed):
     for key, wanted in (("tasks", names), ("seeds", [seed])):
         missing = [str(one) for one in wanted if one not in result[key]]
         if missing:
-            raise common.UserError(f"{owner} is of the {key} {', '.join(map(str, result[key]))}, "
-                                   f"not of {missing[0]}: measure it with the same --data and "
+            raise common.UserError(f"{owner} has the {key} {', '.join(map(str, result[key]))}, "
+                                   f"not {missing[0]}: measure it with the same --data and "
                                    "--seeds")
     with common.usable(args.transfer):
         rows = [result["tasks"].index(name) for name in names]
@@ -472,18 +471,18 @@ def take_transfer(args, tasks, prompts):
 
 
 def read_source(args, seed):
-    """A seed's source prompt in args.init, a state dict, and hashes of what it was trained on.
+    """A seed's source prompt in args.init, a state dict, and the hashes of its training images.
 
-    Raises UserError where the file has no source prompt of this seed, or one of another kind,
-    backbone or split.
+    Raises UserError if the file has no source prompt of this seed, or one of another kind, backbone
+    or split.
     """
     saved = common.load_prompts(args.init, "mvlpt")
     with common.usable(args.init):
         settings, states = saved["settings"], saved["prompts"]
         common.agree(args, settings, (*SAME, "validate"), f"the source prompt in {args.init}")
         if settings["init"] or settings["transferability"] or settings["source"] == "none":
-            raise common.UserError(f"{args.init} is of a run without stage 1 and has no source "
-                                   "prompt of its own: give one of a run that trained it")
+            raise common.UserError(f"{args.init} is from a run without stage 1 and has no source "
+                                   "prompt of its own: give one from a run with stage 1")
         if seed not in states:
             raise common.UserError(f"{args.init} has source prompts of the seeds "
                                    f"{', '.join(map(str, states))}, not of {seed}: give those as "
@@ -500,11 +499,11 @@ def take_source(args, prompt):
         prompt.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------- what the frame asks for
+# ------------------------------------------------------------------ what common.main asks for
 
 @torch.no_grad()
 def classify(args, model, tasks, prompts):
-    """Each task's classifier and image prompts: its own prompt's, or the source prompt's."""
+    """Each task's classifier and image prompts, from its own prompt or from the source prompt."""
     trained = list(prompts.targets) or [prompts.source]
     text_prompts, image_prompts = zip(*[prompt() for prompt in trained])
     texts = texts_of(args, tasks, sets=[t % len(trained) for t in range(len(tasks))])
@@ -515,7 +514,7 @@ def classify(args, model, tasks, prompts):
 
 
 def report(args, tasks, prompts):
-    """The groups, and the transfer if there is one, with what images it was measured on."""
+    """The groups, and the transfer if there is one, with the images that it was measured on."""
     names = [task.name for task in tasks]
     found = dict(groups=[[names[i] for i in group] for group in prompts.group_lists()])
     if prompts.measured_on.any():
@@ -538,7 +537,7 @@ def check(args, tasks):
     if (args.transfer or args.grouping == "worst") and not chooses_partners(args, n):
         remedy = f"give a --group-size from 2 to {n - 1}" if n > 2 else "leave it out"
         choice = f"--transfer {args.transfer}" if args.transfer else "--grouping worst"
-        raise common.UserError(f"{choice} chooses partners, and --group-size {args.group_size} of "
+        raise common.UserError(f"{choice} chooses partners, but --group-size {args.group_size} of "
                                f"{n} tasks leaves no choice: {remedy}")
     texts_of(args, tasks)                                       # rejects texts that are too long
     if args.eval or args.resume:
@@ -548,7 +547,8 @@ def check(args, tasks):
             _, kinds = read_transfer(args, tasks, seed)
             if "test" in kinds:
                 print(f"warning: --transfer {args.transfer} was measured on test images, so they "
-                      "choose the groups: a study with --validate keeps them out", file=sys.stderr)
+                      "decide the groups: a study with --validate would not use them",
+                      file=sys.stderr)
         if args.init:
             _, seen = read_source(args, seed)
             targets = common.divided_tasks(args, args.data, seed)
@@ -562,15 +562,15 @@ def check_settings(args):
         raise common.UserError(f"--width {args.width} is not a multiple of --heads {args.heads}: "
                                "give one that is")
     if args.prompt != "upt" and upt != (Args.heads, Args.layers, Args.width):
-        raise common.UserError(f"--heads, --layers and --width are of --prompt upt, not "
+        raise common.UserError(f"--heads, --layers and --width are for --prompt upt, not "
                                f"{args.prompt}: leave them out")
     if args.init and args.source:
-        raise common.UserError("--init gives the source prompt that --source would train: give one "
-                               "of them")
+        raise common.UserError("--init provides the source prompt that --source would train: give "
+                               "one of them")
     given = args.source or args.init or args.transfer or args.grouping == "worst" or not alone
     if args.transferability and given:
-        raise common.UserError("--transferability trains a prompt per task alone, from a random "
-                               "start: leave out --source, --init, --transfer, --group-size and "
+        raise common.UserError("--transferability trains a prompt on each task alone, from random "
+                               "values: leave out --source, --init, --transfer, --group-size and "
                                "--grouping")
     if epochs_of_stage_2(args) == 0:
         if args.transferability or args.source == "none" or not alone:

@@ -4,9 +4,9 @@ Jia, Tang, Chen, Cardie, Belongie, Hariharan and Lim, "Visual Prompt Tuning", EC
 variant); multi-task as the baseline of MmAP (Xin et al., AAAI 2024, Sec. 4.1: "train a task-shared
 prompt with samples from all tasks").
 
-The idea: b learned tokens join the image's patches behind the class token, and every layer gets b
-new ones in place of the previous layer's. The rest of CLIP stays frozen, the text features come
-from the fixed words of the task's template ("a photo of a [class]."), and the loss is the sum over
+The idea: b learned tokens are inserted between the class token and the image patches, and every
+layer gets b new ones in place of the previous layer's. The rest of CLIP stays frozen, the text
+features come from the task's fixed template ("a photo of a [class]."), and the loss is the sum over
 tasks of the cross-entropy of CLIP's image-text similarities. The texts are encoded once.
 
     python vpt_mt.py                                                            # built-in benchmark
@@ -19,15 +19,15 @@ paper           code
 P_i [b, d_v]    ImagePrompts.vectors[i], of layer i
 
 Choices the papers leave open
-- b = 16 vectors in each layer: 147,456 parameters at ViT-B/16. MmAP's table prints 0.17 M and does
-  not say how.
-- N(0, 0.02) to start from, as for text prompts. Layer 0's prompts enter behind `ln_pre` and have no
+- b = 16 vectors in each layer: 147,456 parameters at ViT-B/16. MmAP's table prints 0.17 M without
+  an explanation.
+- Initialised from N(0, 0.02), like text prompts. Layer 0's prompts enter after `ln_pre` and have no
   positional embedding.
 - No head is trained, unlike in the VPT paper: CLIP's text features are the classifier.
-- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
-  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. JSCPT's fixed
-  rate is `--schedule constant`. A step takes a batch of every task (`common.batches`), with fresh
-  views.
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published config, where the
+  first of the five epochs runs at 1e-5. No paper states this warm-up; `--warm-up 1` adds it.
+  JSCPT's fixed rate is `--schedule constant`. A step takes a batch from every task
+  (`common.batches`), with fresh views.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -71,7 +71,7 @@ class ImagePrompts(nn.Module):
         self.vectors = nn.Parameter(0.02 * torch.randn(n_layers, n_ctx, width))
 
     def image_prompts(self):
-        """Prompts [L, b, d_v], those of each layer ("VPT-deep")."""
+        """Prompts [L, b, d_v], b for each layer ("VPT-deep")."""
         return self.vectors
 
 

@@ -1,12 +1,13 @@
-r"""HiPro: a prompt for every node of a tree of tasks; a task uses those on its way to the root.
+r"""HiPro: a prompt for every node of a tree of tasks; a task uses those on its path to the root.
 
 Liu, Lu, Liu, An, Xu, Yao, Zhang, Xiong and Gui, "Hierarchical Prompt Learning for Multi-Task
 Learning", CVPR 2023.
 
-The idea: a prompt shared by all tasks is too coarse, a prompt of one task overfits. So tasks whose
-gradients on a shared prompt agree, Eq. (3), are merged pair by pair into a balanced tree, Eq. (4).
-Every node, a leaf (one task), the root (all tasks) or a group between, learns a text prompt on its
-own tasks, Eq. (2). A task's classifier is the mean of those of its nodes, Eq. (5).
+The idea: a prompt shared by all tasks is too coarse, a prompt for a single task overfits. So tasks
+whose gradients on a shared prompt agree, Eq. (3), are merged pair by pair into a balanced tree,
+Eq. (4). Every node, whether a leaf (one task), the root (all tasks) or a group in between, learns a
+text prompt on its tasks, Eq. (2). A task's classifier is the mean of its nodes' classifiers,
+Eq. (5).
 
     python hipro.py                                                     # built-in benchmark, CPU
     python hipro.py --data officehome --split 0.1 --seeds 1 2 3         # Table 1, also --split 0.2
@@ -26,29 +27,29 @@ own tasks, Eq. (2). A task's classifier is the mean of those of its nodes, Eq. (
 paper       code                                paper           code
 G_i         nodes, tuples of task numbers       I(T in G)       NodePrompts.members [M, N]
 p_G         NodePrompts.vectors, M of [b, d_l]  p_all           SharedPrompts.vectors [8, b, d_l]
-L_T(p_G)    losses [pairs], a (node, task) each d_T,T           affinity [N, N]
+L_T(p_G)    losses [pairs], by (node, task)     d_T,T           affinity [N, N]
 w(p_G)      node_weights [M, K, D]              d(G_a, G_b)     group_affinity
 
 Choices the paper leaves open
-- "Images from all tasks are combined together in a mini-batch": batches of 20 of the shuffled union
-  of the tasks, every image once an epoch. L_T in Eq. (2) is the mean over the task's images in the
-  step. A task without any adds nothing to its nodes' losses, and a node without any image keeps its
-  prompt and its momentum as they are: every prompt is trained as if alone, on its own batches.
-- The 8 task-shared prompts train as long as the nodes' and with the same settings. Their random
-  numbers are their own: `tag` and `tag-groups` measure the same affinity, and the nodes see the
-  same views under every `--grouping`. A snapshot has a value for each pair of tasks that both have
+- "Images from all tasks are combined together in a mini-batch": batches of 20 from the shuffled
+  union of the tasks, every image once per epoch. L_T in Eq. (2) is the mean over the task's images
+  in the step. A task without images in it adds nothing to its nodes' losses, and a node without
+  images keeps its prompt and momentum: every prompt is trained as if alone, on its own batches.
+- The 8 task-shared prompts are trained as long as the nodes' prompts, with the same settings. They
+  have their own seed, so `tag` and `tag-groups` measure the same affinity, and the nodes see the
+  same views with every `--grouping`. A snapshot has a value for each pair of tasks that both have
   images in the step; a pair's affinity is the mean of its values.
 - A classifier is the text features at unit length; the mean of several is not normalised again.
-- Random groups are a tree of random affinities, drawn from the seed.
+- Random groups are the tree of random affinities, drawn from the seed.
 - TAG's affinity of i on j is 1 - L_j(after a step on i alone) / L_j (Fifty et al., NeurIPS 2021),
-  made symmetric by the mean of both directions; every 5th step, too, with its learning rate.
+  averaged over both directions; also at every 5th step, with that step's learning rate.
 - `--grouping tag-groups` is TAG as a baseline: at most `--groups` disjoint groups (TAG's may
   overlap), chosen to maximize the sum of the tasks' mean affinities to the others in their group,
-  0 for a task alone. A task is classified by its group's prompt alone.
+  0 for a task on its own. A task is classified by its group's prompt alone.
 - SGD and its cosine: `common.sgd`; the paper states no warm-up. Fresh views every epoch. For the
-  built-in backbone 8 views per image are drawn once instead, so that the frozen image encoder sees
-  each of them once; they show at least 0.6 of the area, because `tiny` was never trained on small
-  crops.
+  built-in backbone 8 views per image are drawn once instead, so that the frozen image encoder
+  encodes each of them once; they show at least 0.6 of the area, because `tiny` was never trained on
+  small crops.
 """
 from dataclasses import dataclass
 from itertools import product
@@ -68,16 +69,17 @@ SHARED_PROMPTS, EVERY = 8, 5            # "the inter-task affinity every 5 steps
 class Args(common.Args):
     """Sec. 4, "Training Details"."""
 
-    clip: str = "RN50"  # "CLIP with ResNet-50 vision backbone as our default model"; else tiny
+    # "CLIP with ResNet-50 vision backbone as our default model"; tiny for built-in data
+    clip: str = "RN50"
     epochs: common.Count = 100  # "trained by the SGD optimizer for 100 epochs"
     lr: common.Rate = 0.001  # "with a learning rate of 0.001 and the cosine decay scheduler"
     # "Batch size is 20": images of all tasks; per task with --batches tasks
     batch_size: common.Count = 20
     batches: Literal["tasks", "mixed"] = "mixed"  # "Images from all tasks are combined together"
     n_ctx: common.Count = 16  # "Prompt with 16 tokens"
-    # Sec. 3.3; others but tag-groups: Table 4; tag-groups: column TAG of Tables 1, 2
+    # tree: Sec. 3.3; tag-groups: column TAG of Tables 1, 2; others: Table 4
     grouping: Literal["tree", "shared+individual", "random", "tag", "tag-groups"] = "tree"
-    # at most so many groups of tasks, with --grouping tag-groups (ours)
+    # maximum number of task groups, for --grouping tag-groups (ours)
     groups: common.Count = 2
 
 
@@ -91,7 +93,7 @@ def defaults(args):
 # ------------------------------------------------------------------------ prompts (Sec. 3.2, 3.3)
 
 class NodePrompts(nn.Module):
-    """What is trained: a text prompt per node, each a parameter of its own."""
+    """What is trained: a text prompt per node, each a separate parameter."""
 
     def __init__(self, n_tasks, n_ctx, width):
         super().__init__()
@@ -101,7 +103,7 @@ class NodePrompts(nn.Module):
         self.register_buffer("affinity", torch.zeros(n_tasks, n_tasks))     # Eq. (3), averaged
 
     def set_nodes(self, nodes):
-        """Give every node, a tuple of task numbers, a fresh prompt, N(0, 0.02)."""
+        """Give every node, a tuple of task numbers, a new prompt, N(0, 0.02)."""
         self.members = self.members.new_zeros(len(nodes), len(self.affinity))
         for m, node in enumerate(nodes):
             self.members[m, list(node)] = True
@@ -109,7 +111,7 @@ class NodePrompts(nn.Module):
         self.vectors = nn.ParameterList((0.02 * torch.randn(self.shape)).to(device) for _ in nodes)
 
     def load_state_dict(self, saved, **how):
-        """As always, after making as many prompts as the saved nodes need."""
+        """The usual loading, after creating as many prompts as there are saved nodes."""
         if len(self.vectors) != len(saved["members"]):
             self.set_nodes([()] * len(saved["members"]))
         return super().load_state_dict(saved, **how)
@@ -121,8 +123,8 @@ class NodePrompts(nn.Module):
     def text_prompts(self, task=None):
         """The nodes' prompts [L=1, M, b, d_l].
 
-        Given the tasks [B] of a step's images, the prompts of nodes that have none of these are
-        constants: they get no gradient, and so SGD leaves them and their momentum alone.
+        Given the tasks [B] of a step's images, prompts of nodes without any of these tasks are
+        detached: they get no gradient, so SGD leaves them and their momentum alone.
         """
         if task is None:
             return torch.stack(list(self.vectors))[None]
@@ -149,7 +151,7 @@ def gradient_affinity(grads):
 def losses_at(model, w, batch, texts):
     """The losses [S, N] of all tasks at S shared prompts, Eq. (1), from text features w [C, D].
 
-    batch: image features, labels and (prompt, task) pairs of a step, an image once per prompt.
+    batch: image features, labels and (prompt, task) pairs of a step, each image once per prompt.
     """
     x, labels, pair = batch
     return common.task_losses(model, x, w, labels, pair, texts).view(SHARED_PROMPTS, -1)
@@ -175,8 +177,8 @@ def tag_affinity(model, texts, batch, vectors, grads, losses, lr):
 def measure_affinity(args, model, tasks, run):
     """Train the task-shared prompts, each on all tasks, and average the snapshots: [N, N].
 
-    A snapshot is taken at every 5th step, "without additional forwards": the tasks' gradients are
-    also what the step sums.
+    A snapshot is taken at every 5th step, "without additional forwards": it uses the same task
+    gradients that the step sums.
     """
     run.seed_phase("affinity")
     N, device = len(tasks), model.logit_scale.device
@@ -193,7 +195,7 @@ def measure_affinity(args, model, tasks, run):
         for step, (images, labels, task) in enumerate(steps, epoch * n_steps):
             x = common.encode_image(model, images)                              # [B, D], frozen
             w = common.encode_text(model, texts.tokens, shared.vectors[None], texts.sets)
-            image, pair = torch.where(task[:, None] == task_of)     # an image once for every prompt
+            image, pair = torch.where(task[:, None] == task_of)     # each image once per prompt
             batch = x[image], labels[image], pair
             losses = losses_at(model, w, batch, texts)                          # [8, N], Eq. (1)
             optimizer.zero_grad()
@@ -246,12 +248,12 @@ def group_affinity(d, a, b):
 
 
 def group_tasks(affinity, n_groups):
-    """The partition of N tasks into at most n_groups groups of the largest total affinity.
+    """The partition of N tasks into at most n_groups groups with the largest total affinity.
 
     affinity: [N, N], symmetric. A group's total is the sum of its tasks' mean affinities to the
-    others in it, 0 for a task alone. Up to 10 tasks all partitions are tried; beyond, the two
-    groups whose union adds most (or costs least) are joined while there are too many groups or
-    joining pays. Returns sorted lists of task numbers.
+    others in it, 0 for a task on its own. Up to 10 tasks, all partitions are tried; beyond that,
+    the two groups whose union adds most (or costs least) are merged while there are too many groups
+    or merging adds. Returns sorted lists of task numbers.
     """
     d = torch.as_tensor(affinity).cpu().double().tolist()
     tasks = list(range(len(d)))
@@ -286,7 +288,7 @@ def partitions(tasks, n_groups):
 
 
 def choose_nodes(args, affinity):
-    """The groups of tasks that get a prompt each, as `--grouping` says."""
+    """The groups of tasks that get a prompt each, according to `--grouping`."""
     N = len(affinity)
     if args.grouping == "shared+individual" and N > 1:
         return [*((i,) for i in range(N)), tuple(range(N))]
@@ -301,7 +303,7 @@ def choose_nodes(args, affinity):
 # ---------------------------------------------------------------------- prompt learning, Eq. (2)
 
 def build(args, model, tasks):
-    """The prompts before there are nodes; these come with `set_nodes` or a saved state."""
+    """The prompts, still without nodes: `set_nodes` or a saved state adds them."""
     prompts = NodePrompts(len(tasks), args.n_ctx, len(model.ln_final.weight))
     return prompts.to(model.logit_scale.device)
 
@@ -312,13 +314,13 @@ def measured(args, tasks):
 
 
 def pairs_of(nodes):
-    """Every (node, task of the node), by their numbers."""
+    """Every (node number, number of a task in the node)."""
     return [(m, i) for m, node in enumerate(nodes) for i in node]
 
 
 def node_texts(args, tasks, nodes):
-    """The texts of all nodes as one batch: as if each pair of a node and a task were a task of its
-    own, with the node's prompt. Tasks with the same class names share rows within a node."""
+    """The texts of all nodes as one batch: each (node, task) pair is treated as a task with the
+    node's prompt. Tasks with the same class names share rows within a node."""
     pairs = pairs_of(nodes)
     return common.Texts([tasks[i] for _, i in pairs], args.n_ctx, [m for m, _ in pairs])
 
@@ -341,7 +343,7 @@ def train(args, model, tasks, run):
         for images, labels, task in common.batches(args, model, tasks, frozen=True):
             x = common.encode_image(model, images)                              # [B, D], frozen
             w = common.encode_text(model, texts.tokens, prompts.text_prompts(task), texts.sets)
-            image, pair = torch.where(task[:, None] == task_of)     # an image once for every node
+            image, pair = torch.where(task[:, None] == task_of)     # each image once per node
             losses = common.task_losses(model, x[image], w, labels[image], pair, texts)  # Eq. (1)
             optimizer.zero_grad()
             losses.sum().backward()     # Eq. (2) of every node: no loss depends on two prompts
@@ -401,8 +403,8 @@ def report(args, tasks, prompts):
 # ----------------------------------------------------------------------------------------- figures
 
 def plot(folder, result, rows):
-    """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4); at
-    a node that joins two, their affinity, Eq. (4), where it was measured."""
+    """tree-SEED.png: the task tree as a dendrogram, Figure 5 (`affinity-SEED.png` is Figure 4);
+    each merge shows the affinity of its two groups, Eq. (4), if it was measured."""
     names = result["tasks"]
     for k, (seed, nodes) in enumerate(zip(result["seeds"], result["nodes"])):
         single = all([name] in nodes for name in names)
@@ -438,13 +440,13 @@ def children(node, nodes):
 
 
 def leaves(node, nodes):
-    """The tasks of a node in the order in which its tree is drawn without crossings."""
+    """The tasks of a node in an order that draws its tree without crossings."""
     below = [leaf for child in children(node, nodes) for leaf in leaves(child, nodes)]
     return below or list(node)
 
 
 def check(args, tasks):
-    """Raise UserError for groups that no grouping makes, and more groups than tasks."""
+    """Raise UserError for --groups without tag-groups, and for more groups than tasks."""
     if args.groups != Args.groups and args.grouping != "tag-groups":
         raise common.UserError(f"--groups {args.groups} is for --grouping tag-groups, not for "
                                f"--grouping {args.grouping}: leave one of them out")

@@ -3,14 +3,14 @@
 Li, Qin, Cui, Liu, Hu and Liao, "Joint Scheduling of Causal Prompts and Tasks for Multi-Task
 Learning", CVPR 2025.
 
-The idea: prompts pick up what merely goes along with a class, and tasks help or hinder each other
-differently as training goes on. So (1) every task has prompts shared by all beside its own, and a
-mask and a small network select its image features, Eq. (2). (2) A task's weight phi in a step grows
-with what selection gains, the causal effect, Eq. (4), and with how well the other tasks' gradients
-on the shared prompts suit it, the affinity, Eq. (5); alpha and beta say how strongly, Eq. (6). (3)
-The prompts descend along the weighted gradients, Eq. (9), and every M steps alpha and beta along
-the gradient that the loss on held-out images has through the prompts, Eq. (10)-(11): implicit
-differentiation with a truncated Neumann series.
+The idea: prompts pick up features that merely co-occur with a class, and how tasks help or hinder
+each other changes during training. So (1) every task has its own prompts beside those shared by all
+tasks, and a mask and a small network select its image features, Eq. (2). (2) A task's weight phi in
+a step grows with the gain from selection, the causal effect, Eq. (4), and with how well the other
+tasks' gradients on the shared prompts suit it, the affinity, Eq. (5); alpha and beta set how
+strongly, Eq. (6). (3) The prompts descend along the weighted gradients, Eq. (9), and every M steps
+alpha and beta descend along the gradient of the held-out loss through the prompts, Eq. (10)-(11):
+implicit differentiation with a truncated Neumann series.
 
     python jscpt.py                                                     # built-in benchmark, CPU
     python jscpt.py --data officehome --split 0.1 --dev-shots 4 --seeds 1 2 3       # Table 1
@@ -29,13 +29,13 @@ theta               the parameters of MTVLP         M, H, eta_2     upper_every,
 
 Choices the paper leaves open
 - Text prompts enter the first layer only, image prompts every layer: with text prompts "into each
-  transformer block" there would be 1.26 M parameters, and the paper counts 0.203 M per task. Shared
-  and task-specific prompts stand side by side, 2b in all. N(0, 0.02) to start from.
-- The selection network is shared by the tasks and has 32 hidden units and a skip connection (the
-  authors' program has one, too): MLP(z) = z + W_2 ReLU(W_1 z + b_1) + b_2 with W_1 ~ N(0, 1/D), the
-  rest zero, and m = 0. So selected features equal the features at the start, 2 sigma(0) x = x, the
-  causal effect is sigma(1), and selection can only be learned. Prompts, masks and network come to
-  813,600 parameters for four tasks at ViT-B/16, 0.2034 M per task; alpha and beta count apart.
+  transformer block" there would be 1.26 M parameters, but the paper counts 0.203 M per task. Shared
+  and task-specific prompts are concatenated, 2b in all, and initialised from N(0, 0.02).
+- The selection network is shared by the tasks and has 32 hidden units and a skip connection (as in
+  the authors' program): MLP(z) = z + W_2 ReLU(W_1 z + b_1) + b_2 with W_1 ~ N(0, 1/D), the rest
+  zero, and m = 0. So at the start the selected features equal the features, 2 sigma(0) x = x, the
+  causal effect is sigma(1), and any selection is learned. Prompts, masks and network have 813,600
+  parameters for four tasks at ViT-B/16, 0.2034 M per task; alpha and beta are counted separately.
 - Eq. (4) as printed, the sigmoid of an exponential, lies in (0.5, 1), so the paper's case of an
   effect < 0.5 cannot occur. Its original loss is that of the same step's features without
   selection.
@@ -45,26 +45,26 @@ Choices the paper leaves open
 - An ablated factor of Eq. (6) is fixed at its initial value (task 0.5, prompt sigma(sigma(1))). The
   first steps of all ablations then have about the same length. `--no-selection` fixes the masks
   at 0.5; the network stays. `--cagrad` combines the gradients of all shared parameters by CAGrad,
-  times N to be a sum, weighted by the prompts' factor alone.
+  times N to match a sum, after weighting them by the prompt factor alone.
 - D_dev is the dataset's validation part, or 20% of a task's training images, held out by seed (in
-  the ablations too), so that all methods of a comparison train and test on the same images; a
-  random batch per task of it, not augmented, at every upper step. The paper samples it "from the
-  validation set" (Sec. 3.4), outside the images that are trained on: `--dev-shots k`, in the
-  commands of its tables 4 (the authors' program: up to 4), takes k images per class from the
-  validation part, else from unused training images, else from the test images, which then are
-  fewer. Under `--validate` images are held out of the training images as without it.
-- The upper step takes L from the latest training batch at the updated prompts, effect and affinity
-  as that batch had them, and moves alpha and beta by Adam, lr 0.0015 (the authors' program). At the
-  paper's settings on 10% of Office-Home there are about 115 upper steps, each of about 0.0015 at
-  most: alpha and beta stay within about 0.17 of 1. The Neumann series has a scale s (Lorraine et
-  al., AISTATS 2020): s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The last prompts
-  are returned.
-- A step takes a batch of every task (`common.batches`), with fresh views. Eq. (10) does not see the
+  the ablations too), so that all methods of a comparison train and test on the same images. Every
+  upper step draws a random batch per task from it, not augmented. The paper samples it "from the
+  validation set" (Sec. 3.4), not from the training images: `--dev-shots k` (k = 4 in the commands
+  of its tables; the authors' program: up to 4) takes k images per class from the validation part,
+  else from unused training images, else from the test images, which are then fewer. With
+  `--validate` it has no effect.
+- The upper step computes L on the latest training batch with the updated prompts, keeps that
+  batch's effect and affinity, and updates alpha and beta by Adam, lr 0.0015 (the authors' program).
+  At the paper's settings on 10% of Office-Home there are about 115 upper steps, each of about
+  0.0015 at most: alpha and beta stay within about 0.17 of 1. The Neumann series has a scale s
+  (Lorraine et al., AISTATS 2020): s sum_j (I - s Hessian)^j, j = 0..H; it is eta_1 by default. The
+  prompts of the last step are returned.
+- A step takes a batch from every task (`common.batches`), with fresh views. Eq. (10) ignores the
   momentum and weight decay of `common.sgd`.
-- The authors' program averages the shared and the specific prompts and their features, takes the
+- The authors' program averages the shared and the specific prompts and their features, computes the
   affinity from losses without selection, never updates Omega, switches the causal factor off, has
-  softplus in place of sigma, a mean of affinities, weights rescaled to sum to N, and steps its
-  learning rate twice an epoch: this follows the paper.
+  softplus in place of sigma, a mean of affinities and weights rescaled to sum to N, and steps its
+  learning rate schedule twice per epoch: this file follows the paper.
 """
 import itertools
 import math
@@ -81,7 +81,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import data as datasets
 
-HIDDEN = 32           # of the selection network: what the paper's 0.203 M parameters leave room for
+HIDDEN = 32     # units of the selection network, as many as the paper's 0.203 M parameters allow
 
 
 @dataclass
@@ -93,13 +93,13 @@ class Args(common.Args):
     lr: common.Rate = 0.0015  # eta_1: "the SGD optimizer with a learning rate fixed at 0.0015"
     # images per task: "16, 4, and 32" (Office-Home, MiniDomainNet, datasets)
     batch_size: common.Count = 16
-    # "set the number of prompt tokens to 16", shared ones and specific ones each
+    # "set the number of prompt tokens to 16": 16 shared and 16 task-specific ones
     n_ctx: common.Count = 16
     upper_every: common.Count = 10  # M: lower steps per upper step; "H is set to 3 and M to 10"
     terms: Annotated[int, common.AtLeast(0)] = 3  # H: Hessian products in the Neumann series
     upper_lr: common.Rate = 0.0015  # eta_2: Adam's learning rate for alpha and beta (ours)
     scale: common.Rate | None = None  # scale of the Neumann series; None: the learning rate
-    # D_dev: so many images per class from outside the training split
+    # D_dev: number of images per class, from outside the training split
     dev_shots: common.Count | None = None
     selection: common.Kept = True  # drop the learned masks, fixing them at 0.5: Table 4
     prompt_schedule: common.Kept = True  # drop the causal effect from phi: Table 4
@@ -121,7 +121,7 @@ def defaults(args):
 class MTVLP(nn.Module):
     """Multi-task vision-language prompts, masks and selection network (theta), and Omega.
 
-    Every tensor of theta has the tasks first: specific ones [N, ...], shared ones [1, ...].
+    The first dimension of theta's tensors is the task: specific ones [N, ...], shared [1, ...].
     """
 
     def __init__(self, n_tasks, n_ctx, d_text, d_image, n_layers, dim, selection=True):
@@ -145,11 +145,11 @@ class MTVLP(nn.Module):
             self.register_buffer(name, torch.zeros(shape))      # the last epoch's means
 
     def theta(self):
-        """theta as it is, {name: [N, ...] or [1, ...]}; m also where it is fixed."""
+        """theta, {name: [N, ...] or [1, ...]}, including m if it is fixed."""
         return {**dict(self.named_parameters()), "m": self.m}
 
     def copies(self):
-        """theta with a copy of every tensor for every task, {name: [N, ...]}.
+        """theta with a copy of each shared tensor for every task, {name: [N, ...]}.
 
         The gradient of the summed losses with respect to these copies is each task's own gradient.
         """
@@ -174,7 +174,7 @@ def image_prompts(theta):
 def select(theta, x, task):
     """The selected image features x_bar = MLP(M_i * x + MLP(M_i * x)), Eq. (2).
 
-    x: [B, D]; task: the number of the task of all of them, or of each, [B]. Returns [B, D].
+    x: [B, D]; task: one task number for all images, or one per image, [B]. Returns [B, D].
     """
     m, W_1, b_1, W_2, b_2 = (theta[name][task] for name in ("m", "W_1", "b_1", "W_2", "b_2"))
 
@@ -203,7 +203,7 @@ def texts_of(args, tasks):
 # --------------------------------------------------------------------- the scheduler (Sec. 3.3)
 
 def causal_effect(loss_original, loss_selected):
-    """What selection gains, sigma(exp(L(x) - L(x_bar))), in (0.5, 1), Eq. (4)."""
+    """The gain from selection, sigma(exp(L(x) - L(x_bar))), in (0.5, 1), Eq. (4)."""
     return torch.sigmoid(torch.exp(loss_original - loss_selected))
 
 
@@ -211,7 +211,7 @@ def affinity(grads):
     """A[i, j] = g_i . g_j / |g_j|^2 of source task i on target task j, Eq. (5).
 
     grads: [N, P], the tasks' gradients on the shared prompts. Clamped to [-1, 1], zero on the
-    diagonal; a gradient of zero has no affinity. Returns [N, N].
+    diagonal; a zero gradient has affinity 0. Returns [N, N].
     """
     gram = grads @ grads.t()
     A = gram / gram.diagonal().clamp(min=torch.finfo(grads.dtype).tiny)
@@ -221,8 +221,8 @@ def affinity(grads):
 def schedule(alpha, beta, effect, affinity):
     """phi_i = sigma(alpha_i effect_i) sigma(sum_j beta[i, j] affinity[j, i]), [N], Eq. (6).
 
-    alpha [N], beta [N, N], effect [N], affinity [N, N]. A factor that an ablation leaves out (None)
-    keeps its starting value.
+    alpha [N], beta [N, N], effect [N], affinity [N, N]. If an ablation drops alpha or beta (None),
+    its factor is fixed at the initial value.
     """
     if alpha is None:
         prompt_factor = torch.sigmoid(torch.sigmoid(torch.ones_like(effect)))
@@ -248,7 +248,7 @@ def weigh(losses_original, losses, shared_grads, alpha, beta):
 
 
 def omega_of(args, prompts):
-    """What is learned of Omega, {name: tensor}, without what an ablation leaves out."""
+    """The parts of Omega that are learned, {name: tensor}: all but those an ablation drops."""
     omega = {}
     if args.prompt_schedule:
         omega["alpha"] = prompts.alpha
@@ -260,7 +260,7 @@ def omega_of(args, prompts):
 # ------------------------------------------------------------- bi-level optimization (Sec. 3.4)
 
 def scheduled_gradient(phi, grads, parameters):
-    """The gradient of sum_i phi_i L_i with a constant phi [N], Eq. (9), shaped as the parameters.
+    """The gradient of sum_i phi_i L_i with a constant phi [N], Eq. (9), in the parameters' shapes.
 
     grads: the tasks' gradients [N, ...] of each of the parameters [N, ...] or [1, ...].
     """
@@ -293,13 +293,13 @@ def neumann(hvp, v, steps, scale):
 
 
 def implicit_gradient(parameters, losses, dev_losses, phi, omega, steps, scale):
-    """The gradient of the development loss with respect to Omega, Eq. (10)-(11), shaped as omega.
+    """The gradient of the development loss with respect to Omega, Eq. (10)-(11), as omega's shapes.
 
     parameters: theta's tensors; losses, dev_losses: for each task a function that computes its loss
     on the training and on the development batch; phi [N]: a function of omega.
 
     L = sum_i phi_i L_i, so its Hessian products are sums over tasks, and memory holds the graph of
-    one task at a time: each product builds it again. L is linear in phi, so the mixed term is
+    one task at a time, rebuilt for each product. L is linear in phi, so the mixed term is
     sum_i (grad_Omega phi_i) (grad_theta L_i) and needs no second derivative.
     """
     def hvp(v):                                                 # sum_i phi_i (Hessian of L_i) v
@@ -322,7 +322,7 @@ def implicit_gradient(parameters, losses, dev_losses, phi, omega, steps, scale):
 
 
 def hessian_product(loss, parameters, v):
-    """The Hessian of loss(), a function of the parameters, times v, shaped as they are."""
+    """The Hessian of loss(), a function of the parameters, times v, in the parameters' shapes."""
     with sdpa_kernel(SDPBackend.MATH):      # fused attention has no second derivative
         grads = torch.autograd.grad(loss(), parameters, create_graph=True)
     return torch.autograd.grad(grads, parameters, v)
@@ -340,7 +340,7 @@ def loss_of_task(model, texts, prompts, batch, t):
     """Task t's loss on its part of a batch, from its own prompts and texts alone."""
     images, labels, task = batch
     mine = torch.where(task == t)[0]
-    batch = images[mine], labels[mine], torch.zeros_like(mine)      # of the only task, number 0
+    batch = images[mine], labels[mine], torch.zeros_like(mine)      # here the only task, number 0
     return losses_at(model, texts.of_task(t), prompts.of_task(t), batch)[0]
 
 
@@ -364,7 +364,7 @@ def upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper):
 
 
 class Development:
-    """D_dev in memory, not augmented: random batches of it, as `common.batches` yields them."""
+    """D_dev in memory, not augmented; gives random batches in the form of `common.batches`."""
 
     def __init__(self, args, model, tasks):
         self.batch_size, self.device = args.batch_size, model.logit_scale.device
@@ -373,7 +373,7 @@ class Development:
             images = task.val or task.train
             if not task.val:
                 print(f"{task.name}: no training image can be held out for development, so the "
-                      "training images serve", flush=True)
+                      "training images are used", flush=True)
             parts = datasets.in_order(images, model.visual.input_resolution, args.workers)
             self.pixels.append(torch.cat([pixels for pixels, _ in parts]))
             self.labels.append(images.labels)
@@ -390,7 +390,7 @@ class Development:
 
 
 def train(args, model, tasks, run):
-    """Algorithm 1; returns the trained prompts, with the schedule that they ended with."""
+    """Algorithm 1; returns the trained prompts with their final schedule."""
     prompts = build(args, model, tasks)
     if args.dev_shots is None or args.validate:
         tasks = datasets.with_held_out(tasks, args.seeds[0])
@@ -421,7 +421,7 @@ def train(args, model, tasks, run):
             for p, g in zip(theta.values(), combine(phi, grads, list(theta.values()))):
                 p.grad = g                                                      # Eq. (9)
             lower.step()
-            # upper level: update Omega with the present theta, Eq. (10)-(11)
+            # upper level: update Omega with the current theta, Eq. (10)-(11)
             if omega and step % args.upper_every == 0:
                 batch, dev_batch = (images, labels, task), development.batch()
                 upper_step(args, model, texts, prompts, batch, dev_batch, effect, A, upper)
@@ -463,8 +463,8 @@ def report(args, tasks, prompts):
 def set_aside(args, tasks, seed):
     """The tasks; with --dev-shots k, `val` is k images per class from outside the training split.
 
-    They come from the dataset's validation part, else from training images that the split leaves,
-    else from the test images.
+    They come from the dataset's validation part, else from training images that the split doesn't
+    use, else from the test images.
     """
     if args.dev_shots is None or args.validate:
         return tasks
@@ -478,11 +478,11 @@ def aside(args, task, seed):
     for i, label in enumerate(pool.classes):
         places[label].append(i)
     for label in sorted(places):
-        spare = len(places[label]) - (pool is task.test)        # a class keeps a test image
+        spare = len(places[label]) - (pool is task.test)        # each class keeps a test image
         chosen += draw.sample(places[label], min(args.dev_shots, spare))
     if not chosen:
         raise common.UserError(f"--dev-shots {args.dev_shots} finds no image of {task.name} that "
-                               "can leave the test set: leave it out")
+                               "the test set can spare: leave the flag out")
     val = pool.subset(sorted(chosen))
     if pool is not task.test:
         return replace(task, val=val)
@@ -491,15 +491,15 @@ def aside(args, task, seed):
 
 
 def plot(folder, result, rows):
-    """causal-SEED.png (Figure 4); schedule-SEED.png, beta-SEED.png, and for Figure 5, whose losses
-    are in losses.png, affinity-SEED-epoch-5.png and -10.png (affinity-SEED.png is the last)."""
+    """causal-SEED.png (Figure 4); schedule-SEED.png; beta-SEED.png; for Figure 5 losses.png and
+    affinity-SEED-epoch-5.png and -10.png (affinity-SEED.png has the last epoch)."""
     names = result["tasks"]
     for seed, beta in zip(result["seeds"], result["beta"]):
         mine = [row for row in rows if row["seed"] == seed]
         plot_causal(folder / f"causal-{seed}.png", names, mine)
         figure, axes = common.pyplot().subplots(1, 2, figsize=(10, 3.5), layout="tight")
         for axis, key in zip(axes, ("alpha", "phi")):
-            common.plot_epochs(axis, [row[key] for row in mine], names, key, "mean of an epoch")
+            common.plot_epochs(axis, [row[key] for row in mine], names, key, "mean over the epoch")
         common.legend_beside(axes[1])
         common.save_figure(figure, folder / f"schedule-{seed}.png")
         common.plot_matrix(folder / f"beta-{seed}.png", beta, names,
@@ -529,15 +529,15 @@ def plot_causal(path, names, rows):
 def check(args, tasks):
     """Raise UserError for settings that contradict each other."""
     if args.warm_up:
-        raise common.UserError("--warm-up comes before a cosine, and the learning rate is fixed: "
+        raise common.UserError("--warm-up comes before a cosine, but the learning rate is fixed: "
                                "leave it out")
     if args.cagrad and not args.task_schedule:
-        raise common.UserError("--cagrad takes the place of the task schedule already: leave out "
+        raise common.UserError("--cagrad already replaces the task schedule: leave out "
                                "--no-task-schedule")
 
 
 def n_text(args):
-    """b shared and b task-specific vectors stand before a class name."""
+    """b shared and b task-specific vectors precede a class name."""
     return 2 * args.n_ctx
 
 

@@ -5,9 +5,9 @@ Learning", AAAI 2024.
 
 The idea: (1) in each layer, Kronecker products of one small source prompt with two scaling matrices
 give the text and the image prompts, so that both encoders adapt in step and few parameters are
-trained, Eq. (6)-(7). (2) Training one MmAP on all tasks shows whose gradients point the same way,
-Eq. (8), and the tasks are grouped by it. (3) Each group trains a fresh MmAP of its own together
-with one per task; the two stand side by side in every layer of both encoders, Eq. (9)-(12).
+trained, Eq. (6)-(7). (2) Training one MmAP on all tasks shows which tasks' gradients point the same
+way, Eq. (8), and the tasks are grouped by that. (3) Each group trains a new MmAP together with one
+per task; the two are concatenated in every layer of both encoders, Eq. (9)-(12).
 
     python mmap.py                                                      # built-in benchmark, CPU
     python mmap.py --data officehome --split 0.1 --seeds 1 2 3          # Table 1
@@ -25,30 +25,34 @@ P_l, P_v    text_prompts(), image_prompts() P_glb       P_glb, in measure_simila
 
 Choices the paper leaves open
 - b = 16, m = b and n = gcd(d_l, d_v) / 2: 24,696 parameters per MmAP at ViT-B/16, 0.12 M for four
-  tasks in one group and 0.15 M in two (the paper: 0.13 M). `--source-shape M N` sets another one.
-  With the group's, 32 prompts stand in each layer; `--n-ctx 8 --source-shape 8 256` has about the
-  same count (24,636) and 16 in all: the first thing to try where 32 prompts hurt (untrained, they
-  cost `tiny` 14 points, 8 cost 4; training recovers both).
-- Sec. 3.2 counts one source prompt for all layers, Sec. 3.3 writes P^k: one per layer, as in 3.3.
-  Eq. (9)-(10) write the Kronecker factors the other way round than Eq. (6)-(7): this follows
-  (6)-(7).
-- Text prompts stand behind the start token, as in CoOp and MaPLe, where Eq. (9) prints them before
-  all text tokens; image prompts enter the first layer behind `ln_pre`, as they are.
-- P_s starts at N(0, 0.02), the scaling matrices at one: both modalities start as copies of P_s.
+  tasks in one group and 0.15 M in two (the paper: 0.13 M). `--source-shape M N` sets another shape.
+  Together with the group's, each layer has 32 prompts; `--n-ctx 8 --source-shape 8 256` has about
+  as many parameters (24,636) and 16 prompts in all: the first thing to try if 32 prompts hurt
+  (untrained, they cost `tiny` 14 points, 8 cost 4; training recovers both).
+- Sec. 3.2 counts one source prompt for all layers, Sec. 3.3 writes P^k: here there is one per
+  layer, as in 3.3. Eq. (9)-(10) write the Kronecker factors in the opposite order to Eq. (6)-(7):
+  this file follows (6)-(7).
+- Text prompts follow the start token, as in CoOp and MaPLe; Eq. (9) prints them before all text
+  tokens. Image prompts enter the first layer unchanged, after `ln_pre`.
+- P_s is initialised from N(0, 0.02), the scaling matrices with ones: both modalities start as
+  copies of P_s.
 - P_glb is trained for half of the epochs (rounded up) before the main training, with the same
-  settings; Eq. (8) is taken at every step and averaged. It has its own seed and is an MmAP whatever
-  `--prompt` says, so every ablation uses the same groups.
-- Sec. 3.3 speaks of cosine similarity and prints a dot product, Eq. (8): this follows the equation.
-- "Groups that maximize the total inter-task similarity": at most `--groups` of them, a task's
-  similarity to its group being the mean over the others in it, 0 for a task alone. With plain sums
-  one group of all wins whenever nothing conflicts; TAG, which the paper follows, averages.
-- Where the encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
-- Random groups are as even as can be. `--prompt` replaces the MmAPs of the main training: `joint`
-  trains text and image prompts without a link, `mlp` makes both of a [b, 256] source by a linear
-  map per modality and layer (3.96 M per set at b = 4, the paper's number).
-- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published file, which
-  begins with one of the five epochs at 1e-5; no paper states that: `--warm-up 1`. A step takes a
-  batch of every task (`common.batches`), with fresh views.
+  settings; Eq. (8) is computed at every step and averaged. P_glb has its own seed and is an MmAP
+  whatever `--prompt` says, so every ablation uses the same groups.
+- Sec. 3.3 speaks of cosine similarity but prints a dot product, Eq. (8): this file follows the
+  equation.
+- "Groups that maximize the total inter-task similarity": at most `--groups` groups, where a task's
+  similarity to its group is the mean over the group's other tasks, 0 for a task on its own. With
+  plain sums one group of all tasks wins whenever nothing conflicts; TAG, which the paper follows,
+  averages.
+- If the encoders differ in depth (ViT-L/14), the first min(depths) layers have prompts.
+- Random groups are as equal in size as possible. `--prompt` replaces the MmAPs of the main
+  training: `joint` trains text and image prompts without a link, `mlp` computes both from a
+  [b, 256] source by a linear map per modality and layer (3.96 M per set at b = 4, the paper's
+  figure).
+- SGD and its cosine: `common.sgd`. MmAP's settings are those of MaPLe's published config, where the
+  first of the five epochs runs at 1e-5. No paper states this warm-up; `--warm-up 1` adds it. A step
+  takes a batch from every task (`common.batches`), with fresh views.
 """
 import math
 import random
@@ -56,9 +60,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 if __name__ == "mmap":
-    # `import mmap`, which torch and numpy say too, means the standard library's module, and Python
-    # finds this file first: hand the other one over. The rest of the file still runs, on a module
-    # that nobody sees and while torch may be half imported, with a stand-in for torch and common.
+    # `import mmap`, also in torch and numpy, means the standard library's module, but Python finds
+    # this file first: put that module in its place. The rest of this file still runs, on a module
+    # that nobody sees and while torch may be half imported, so torch and common are stand-ins.
     import importlib.machinery
     import importlib.util
     import os
@@ -70,7 +74,7 @@ if __name__ == "mmap":
     spec.loader.exec_module(sys.modules["mmap"])
 
     class StandIn:
-        """Whatever the top level of this file asks of `nn` and `common`."""
+        """Whatever the top level of this file uses of `nn` and `common`."""
 
         Module = Args = object
 
@@ -95,11 +99,11 @@ class Args(common.Args):
     # images per task: "a batch size of 16/4" on Office-Home/MiniDomainNet
     batch_size: common.Count = 16
     n_ctx: common.Count = 16  # prompt length b (ours)
-    groups: common.Count = 2  # at most so many groups of tasks (ours)
+    groups: common.Count = 2  # maximum number of task groups (ours)
     grouping: Literal["gradient", "random", "all", "none"] = "gradient"  # Sec. 3.3; others: Table 3
     specific: common.Kept = True  # drop the task-specific MmAPs: Table 3
     prompt: Literal["mmap", "joint", "mlp"] = "mmap"  # Sec. 3.2; joint and mlp: Figure 5
-    # shape M N of a source prompt; None: b, gcd / 2
+    # shape M N of a source prompt; None: M = b, N = gcd(d_l, d_v) / 2
     source_shape: tuple[int, int] | None = None
 
 
@@ -119,7 +123,7 @@ def defaults(args):
 def source_shape(n_ctx, d_text, d_image, source=None):
     """The shape (m, n) of a source prompt, by default (n_ctx, gcd / 2).
 
-    m has to divide n_ctx, and n both widths: else it raises ValueError.
+    Raises ValueError unless m divides n_ctx and n divides both widths.
     """
     gcd = math.gcd(d_text, d_image)
     m, n = source or (n_ctx, gcd // 2 if gcd % 2 == 0 else gcd)
@@ -193,7 +197,7 @@ class Prompts(nn.Module):
     """What is trained: an MmAP per group, one per task, or both side by side, Eq. (9)-(10)."""
 
     def __init__(self, make, n_tasks, specific):
-        """make: a function that returns a new MmAP; specific: whether the tasks have their own."""
+        """make: a function that returns a new MmAP; specific: whether each task has its own."""
         super().__init__()
         self.make = make
         self.specific = nn.ModuleList(make() for _ in range(n_tasks) if specific)       # P_T
@@ -202,13 +206,13 @@ class Prompts(nn.Module):
         self.register_buffer("similarity", torch.zeros(n_tasks, n_tasks))   # averaged Eq. (8)
 
     def set_groups(self, groups):
-        """Give every group of tasks a fresh MmAP."""
+        """Give every group of tasks a new MmAP."""
         for number, group in enumerate(groups):
             self.group_of[group] = number
         self.shared = nn.ModuleList(self.make() for _ in groups).to(self.group_of.device)
 
     def load_state_dict(self, saved, **how):
-        """As always, after making as many group-shared MmAPs as the saved groups need."""
+        """The usual loading, after creating as many shared MmAPs as there are saved groups."""
         n_groups = int(saved["group_of"].max()) + 1
         if len(self.shared) != n_groups:
             self.set_groups([[]] * n_groups)
@@ -219,7 +223,7 @@ class Prompts(nn.Module):
         return [torch.where(self.group_of == g)[0].tolist() for g in range(len(self.shared))]
 
     def sets(self):
-        """The prompt set of each task: its own, or without task-specific MmAPs its group's."""
+        """The prompt set of each task: its own, or, without task-specific MmAPs, its group's."""
         return list(range(len(self.group_of))) if len(self.specific) else self.group_of.tolist()
 
     def text_prompts(self):
@@ -250,7 +254,7 @@ def similarity(grads):
 
 
 def benefit(similarity, group):
-    """The sum over a group's tasks of their mean similarity to the others; 0 for a task alone."""
+    """The sum over a group's tasks of their mean similarity to the others; 0 for a single task."""
     if len(group) == 1:
         return 0.0
     return sum(similarity[i][j] for i in group for j in group if i != j) / (len(group) - 1)
@@ -270,11 +274,11 @@ def partitions(tasks, n_groups):
 
 
 def group_tasks(similarity, n_groups):
-    """The partition of N tasks into at most n_groups groups of the largest total similarity.
+    """The partition of N tasks into at most n_groups groups with the largest total similarity.
 
-    similarity: [N, N], symmetric. Up to 10 tasks all partitions are tried; beyond, the two groups
-    whose union adds most (or costs least) are joined while there are too many groups or joining
-    pays. Returns sorted lists of task numbers.
+    similarity: [N, N], symmetric. Up to 10 tasks, all partitions are tried; beyond that, the two
+    groups whose union adds most (or costs least) are merged while there are too many groups or
+    merging adds. Returns sorted lists of task numbers.
     """
     similarity = torch.as_tensor(similarity).cpu().double().tolist()
     tasks = list(range(len(similarity)))
@@ -299,9 +303,9 @@ def group_tasks(similarity, n_groups):
 def measure_similarity(args, model, tasks, run):
     """Train a global shared MmAP on all tasks and average the snapshots of Eq. (8): [N, N].
 
-    Each task gets its own copy of P_glb's parameters, by `expand`, so that one backward pass leaves
-    the tasks' gradients apart; their sum is the gradient that P_glb descends along. A pair's mean
-    is over the steps in which both tasks have images: all, but under `--batches mixed`.
+    Each task gets its own copy of P_glb's parameters, by `expand`, so that one backward pass gives
+    each task's gradient separately; P_glb descends along their sum. A pair's mean is over the steps
+    in which both tasks have images: all steps, except with `--batches mixed`.
     """
     run.seed_phase("grouping")
     N, epochs, device = len(tasks), math.ceil(args.epochs / 2), model.logit_scale.device
@@ -331,7 +335,7 @@ def measure_similarity(args, model, tasks, run):
 
 
 def choose_groups(args, n_tasks, similarity):
-    """The groups of tasks, as `--grouping` says."""
+    """The groups of tasks, according to `--grouping`."""
     n_groups, order = min(args.groups, n_tasks), list(range(n_tasks))
     if args.grouping == "none":
         return []
@@ -353,7 +357,7 @@ def widths(model):
 
 
 def build(args, model, tasks):
-    """The untrained prompts of the tasks; the groups' come with `set_groups` or a saved state."""
+    """The untrained prompts of the tasks; `set_groups` or a saved state adds the groups'."""
     def make():
         kind = dict(mmap=MmAP, joint=Joint, mlp=MLP)[args.prompt]
         shape = [args.source_shape] if args.prompt == "mmap" else []
@@ -366,7 +370,7 @@ def build(args, model, tasks):
 
 
 def n_text(args):
-    """How many prompts stand before a class name: the group's, the task's, or both."""
+    """How many prompts precede a class name: the group's, the task's, or both."""
     return args.n_ctx * ((args.grouping != "none") + args.specific)
 
 
@@ -422,8 +426,8 @@ def report(args, tasks, prompts):
 def check(args, tasks):
     """Raise UserError for settings that contradict each other, and more groups than tasks."""
     if args.groups != Args.groups and args.grouping in ("all", "none"):
-        raise common.UserError(f"--groups {args.groups} is not for --grouping {args.grouping}: "
-                               "leave one of them out")
+        raise common.UserError(f"--groups {args.groups} has no effect with --grouping "
+                               f"{args.grouping}: leave one of them out")
     if args.source_shape and args.prompt != "mmap" and args.grouping != "gradient":
         raise common.UserError(f"--source-shape has no effect with --prompt {args.prompt} and "
                                f"--grouping {args.grouping}: leave it out")

@@ -208,7 +208,7 @@ def build(args, model, tasks):
 
 
 def n_text(args):
-    """How many vectors stand before a class name."""
+    """How many vectors precede a class name."""
     return 0 if args.prompt == "vpt" else args.n_ctx
 
 

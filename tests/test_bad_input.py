@@ -212,7 +212,7 @@ METHODS = [
     ("maple_mt", f"{SMALL} --depth 4", "--depth 4 does not fit the 3 layers ... give 1 to 3"),
     ("mmap", "--groups 0", "--groups must be at least 1, not 0"),
     ("mmap", f"{SMALL} --groups 3", "--groups 3 is more than the 2 tasks"),
-    ("mmap", "--groups 3 --grouping all", "--groups 3 is not for --grouping all"),
+    ("mmap", "--groups 3 --grouping all", "--groups 3 has no effect with --grouping all"),
     ("mmap", "--no-specific --grouping none", "leaves no prompts: leave one of them out"),
     *[("mmap", f"{SMALL} --source-shape 3 7 {more}", "--source-shape: ... 3 x 7 does not divide")
       for more in ("", "--no-specific", "--prompt joint")],

@@ -14,7 +14,7 @@ from .tasks import find_listings
 def report(data, root="data", quick=False, workers=0):
     """(lines of a table of the tasks, remarks, problems, the number of images).
 
-    quick: do not read the images. Raises UserError where there is nothing to check.
+    quick: do not read the images. Raises UserError if there is nothing to check.
     """
     listings = find_listings(data, root)
     remarks, problems = [], []
@@ -31,7 +31,7 @@ def report(data, root="data", quick=False, workers=0):
 
 
 def table(listings):
-    """A row per task; the training images are those to choose from, "rest": what a split leaves."""
+    """Lines, a row per task. train: the images a split draws from; "rest": what it doesn't draw."""
     rows = [["task", "classes", "train", "val", "test", "template", "metric"]]
     for x in listings:
         parts = {part: f"{len(items):,}" for part, items in images_of(x).items()}
@@ -56,20 +56,20 @@ def table(listings):
 
 
 def gaps(listing):
-    """What is odd about the lists: an image that is there twice, by a link or in two lists."""
+    """A line for each image that occurs twice in the lists, directly or by a link."""
     seen, found = {}, []
     for items in images_of(listing).values():
         for path in items:
             if isinstance(path, (str, Path)):
                 file = file_of(path)
                 if file in seen:
-                    found.append(f"{path} of {listing.name} is the image {seen[file]} once more")
+                    found.append(f"{path} of {listing.name} is the same image as {seen[file]}")
                 seen.setdefault(file, path)
     return found
 
 
 def copies(listing):
-    """A line, in a list, where images of a task are exact copies of others; `gaps` names links."""
+    """A list with a line if images of a task are exact copies of others; `gaps` finds links."""
     items = {}
     for part in images_of(listing).values():
         for item in part:
@@ -81,7 +81,7 @@ def copies(listing):
     for item in shown_items:
         try:
             first = seen.setdefault(digest(item), item)
-        except UserError:           # `undecoded` names it
+        except UserError:           # `undecoded` reports it
             continue
         if first is not item:
             found.append((item, first))

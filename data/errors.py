@@ -1,4 +1,4 @@
-"""Errors of a user's making, and warnings, as one line that names the culprit and the remedy."""
+"""User errors and warnings, each one line that names the cause and the remedy."""
 import difflib
 import os
 import re
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 @lru_cache
 def warn_once(note):
-    """One line on stderr, and not again for another seed or load."""
+    """Print one line on stderr, but only once, whatever the number of seeds and loads."""
     print(f"warning: {note}", file=sys.stderr)
 
 
@@ -31,10 +31,10 @@ def brief(error):
 
 
 def expand(path):
-    """An absolute path, with ~ expanded; UserError where the working folder is gone."""
+    """An absolute path, with ~ expanded; UserError if the working directory is gone."""
     path = os.path.expanduser(path)
     try:
         return Path(path).absolute()
     except FileNotFoundError:
-        raise UserError(f"{path} is below the working folder, which no longer exists: go to "
-                        "another folder") from None
+        raise UserError(f"{path} is relative to the working directory, which no longer exists: "
+                        "change to another directory") from None

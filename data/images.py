@@ -1,4 +1,4 @@
-"""An image file read as a person sees it, its views, and the batches of a training step."""
+"""Reading image files as a person sees them, their views, and the batches of a training step."""
 import contextlib
 import io
 import math
@@ -38,13 +38,13 @@ def read_pixels(path):
     """The RGB image in a file, or in a member of a zip file: (zip file, member), as a person sees
     it, uint8 [3, H, W].
 
-    EXIF orientation is applied, transparency is put on white, 16-bit, 32-bit and float images are
-    scaled by their range, of an animation the first frame is taken. Raises UserError with the path
-    where the file cannot be decoded.
+    EXIF orientation is applied, transparency becomes white, 16-bit, 32-bit and float images are
+    scaled by their range, and animations give their first frame. Raises UserError with the path if
+    the file cannot be decoded.
     """
     try:
         with opened(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # Pillow warns of damage first
+            warnings.simplefilter("ignore")             # Pillow warns before it raises an error
             with Image.open(file) as image:
                 pixels = plain_jpeg(file, image)
                 if pixels is None:
@@ -66,20 +66,20 @@ def opened(path):
 
 @lru_cache(maxsize=128)
 def _zip_file(path, process):
-    """A zip file, open in this process alone: a worker that shared its parent's file handle would
-    move the parent's position in the file."""
+    """A zip file, opened once per process: a worker that shared its parent's file handle would move
+    the parent's position in the file."""
     return zipfile.ZipFile(path)
 
 
 def shown(item):
-    """An image's path; of a member of a zip file `train.zip@member`."""
+    """An image's path, or `train.zip@member` for a member of a zip file."""
     return "@".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
 def plain_jpeg(file, image):
     """The pixels of an RGB or grey JPEG without EXIF orientation, by torchvision's decoder, which
-    is faster than Pillow's and gives the same. None for any other image, and for one that this
-    decoder rejects or that torchvision has no decoder for."""
+    is faster than Pillow's and gives the same result. None for any other image, for one that this
+    decoder rejects, and if torchvision has no decoder."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or is_turned(image):
         return None
     file.seek(0)
@@ -123,7 +123,7 @@ def upright(image):
 def rgb(image, file_format=None):
     """A PIL image of any mode in RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Pillow opens 16 bits of a PPM file, and before 10.3 of a PNG file, in 32
+        # Pillow opens 16-bit PPM files, and before 10.3 also PNG files, as 32-bit
         wide = image.mode == "I" and file_format not in ("PNG", "PPM")
         return Image.fromarray(eight_bits(np.asarray(image), wide)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -136,9 +136,8 @@ def rgb(image, file_format=None):
 def eight_bits(values, wide=False):
     """Grey values of 16 bits, of 32 bits (wide) or floats as uint8.
 
-    Floats in 0..1 are multiplied by 255, and what lies in 0..255 is left as it is. 16 bits are
-    divided by 257. Any other range, of 32 bits or floats, is stretched from its minimum to its
-    maximum.
+    Floats in 0..1 are multiplied by 255, and values in 0..255 are left unchanged. 16-bit values are
+    divided by 257. Any other range of 32-bit or float values is stretched to 0..255.
     """
     floats = values.dtype.kind == "f"
     values = np.nan_to_num(values.astype(np.float64))
@@ -154,7 +153,7 @@ def eight_bits(values, wide=False):
 
 
 def as_pixels(image):
-    """uint8 [3, H, W] of an RGB PIL image; its memory is [H, W, 3], as the resize likes it."""
+    """uint8 [3, H, W] of an RGB PIL image; stored as [H, W, 3], the layout resizing prefers."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -176,8 +175,8 @@ def _sheet(path):
 
 
 class Images(Dataset):
-    """A list of (PIL image, label). `items` are paths, or anything that `read` makes an RGB image
-    of.
+    """A list of (PIL image, label). `items` are paths, or anything that `read` turns into an RGB
+    image.
 
     A label is a class number, or a tuple of them if the image has several classes; the first is the
     one it was sampled for. crop: whether an image that is not augmented is cropped at its centre,
@@ -199,7 +198,7 @@ class Images(Dataset):
         return dict(self.__dict__, kept={})         # too much to send to a worker process
 
     def pixels(self, index):
-        """An image as uint8 [3, H, W], from memory where it is kept there. Read-only."""
+        """An image as uint8 [3, H, W], from memory if it is kept there. Read-only."""
         item = self.items[index]
         if self.kept and item in self.kept:
             return self.kept[item]
@@ -209,7 +208,7 @@ class Images(Dataset):
 
     @property
     def classes(self):
-        """A class number per image; of several, the one that it was sampled for."""
+        """A class number per image; if it has several, the one that it was sampled for."""
         return [label[0] if isinstance(label, tuple) else label for label in self.labels]
 
     def subset(self, indices):
@@ -224,8 +223,8 @@ class Images(Dataset):
 
 
 def label_tensor(labels):
-    """Labels as a tensor [B]; where one of them is a tuple of classes, the uniform distribution
-    over each image's classes, [B, largest class + 1]."""
+    """Labels as a tensor [B]; if one of them is a tuple of classes, the uniform distribution over
+    each image's classes, [B, largest class + 1]."""
     if not any(isinstance(label, tuple) for label in labels):
         return torch.tensor(labels)
     several = [label if isinstance(label, tuple) else (label,) for label in labels]
@@ -238,14 +237,14 @@ def label_tensor(labels):
 # ------------------------------------------------------------------------------- worker processes
 
 class Loader:
-    """What a dataset makes of the jobs of each epoch, in order; worker processes start once.
+    """Computes dataset[job] for the jobs of each epoch, in order; worker processes start once.
 
     dataset[job] is a tuple that can be pickled, or the message of a UserError; dataset.lists
-    are the Images that it reads. workers: how many processes; None chooses one per CPU core, at
-    most 8, for more than 400 files; 0 works everywhere.
-    They start with the first epoch, see the dataset as it is then, and end with `close`. On Linux
-    they are forked and share the images in memory (unless the program has set another start
-    method); under spawn and forkserver they have no copy of them and read the files again.
+    are the Images that it reads. workers: how many processes; None: one per CPU core, at most 8,
+    for more than 400 files, else 0; 0 works everywhere.
+    Workers start with the first epoch, see the dataset as it is then, and end with `close`. On
+    Linux they are forked and share the images in memory (unless the program has set another start
+    method); with spawn and forkserver they don't have these images and read the files again.
     """
 
     def __init__(self, dataset, workers=None):
@@ -257,8 +256,8 @@ class Loader:
         self.loader, self.jobs, self.epoch = None, _Jobs(), 0
 
     def load(self, jobs):
-        """Yield dataset[job] of each job, in order, with its arrays as tensors. Raises UserError
-        where a job or a worker process fails."""
+        """Yield dataset[job] for each job, in order, with its arrays as tensors. Raises UserError
+        if a job or a worker process fails."""
         self.epoch += 1
         epoch = self.epoch
         try:
@@ -270,7 +269,7 @@ class Loader:
                     raise UserError(item)
                 yield tuple(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in item)
                 if self.workers and self.epoch != epoch:
-                    raise RuntimeError("another epoch of this loader has begun meanwhile")
+                    raise RuntimeError("another epoch of this loader has started meanwhile")
         except (RuntimeError, OSError) as error:
             self.close()
             if self.workers and is_of_workers(error):
@@ -313,21 +312,21 @@ class _Jobs:
 
 
 def unchanged(item):
-    """A DataLoader's collate_fn that leaves arrays as they are: they travel through a pipe, and
-    tensors would need shared memory, of which Docker has 64 MB."""
+    """A DataLoader's collate_fn that leaves arrays unchanged: they are sent through a pipe, while
+    tensors would need shared memory, of which Docker gives 64 MB."""
     return item
 
 
 def forget(error):
-    """Free what the frames of an error hold, without output: a DataLoader's iterator that started
-    only some of its processes ends these, and complains on stderr about the others."""
+    """Free what the frames of an error hold, silently: a DataLoader iterator that could start only
+    some of its processes ends those, and complains on stderr about the others."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     traceback.clear_frames(error.__traceback__)
     sys.unraisablehook = hook
 
 
 def start_method():
-    """How worker processes start: by fork on Linux, unless the program has set another way."""
+    """How worker processes start: by fork on Linux, unless the program has set another method."""
     default = multiprocessing.get_all_start_methods()[0]
     chosen = multiprocessing.get_start_method(allow_none=True) or default
     return "fork" if sys.platform == "linux" and chosen == default else chosen
@@ -341,7 +340,7 @@ def is_of_workers(error):
 
 class _Decoded(Dataset):
     """Job (list, indices, wanted) gives (list, indices, found), where found has for each image its
-    array [H, W, 3], None where it is not wanted, or the error's message if decoding fails."""
+    array [H, W, 3], None if it is not wanted, or the error's message if decoding fails."""
 
     def __init__(self, lists):
         self.lists = lists
@@ -361,8 +360,8 @@ class _Decoded(Dataset):
 def decoded(lists, workers=None, wanted=lambda t: False, text="check"):
     """Yield (list, index, pixels) of every image of some lists of Images, under a progress bar.
 
-    pixels: uint8 [3, H, W]; None unless `wanted`, asked about the list when the image's turn comes,
-    says True; the error's message if the image cannot be decoded.
+    pixels: uint8 [3, H, W]; None unless `wanted(list)` is True when the image's turn comes; the
+    error's message if the image cannot be decoded.
     """
     def jobs():
         for t, images in enumerate(lists):
@@ -382,10 +381,10 @@ def decoded(lists, workers=None, wanted=lambda t: False, text="check"):
 
 
 def keep_all(lists, room, workers=None):
-    """Decode every image of some lists of Images, and keep those of files in memory, as uint8
-    [3, H, W], until one does not fit into what is left of `room` bytes.
+    """Decode every image of some lists of Images, and keep those read from files in memory, as
+    uint8 [3, H, W], until one does not fit into what is left of `room` bytes.
 
-    What is in memory already (the built-in benchmark, CIFAR-100) is not kept twice. Raises
+    What is already in memory (the built-in benchmark, CIFAR-100) is not kept twice. Raises
     UserError for the first image that cannot be decoded.
     """
     left = room
@@ -410,11 +409,11 @@ def keep_all(lists, room, workers=None):
 def plan(sizes, batch_size, mixed=False, views=0):
     """The steps of an epoch, each a list of (task, index, view).
 
-    sizes: the number of training images of each task. mixed=False: a batch of every task in each
+    sizes: the number of training images of each task. mixed=False: a batch from every task in each
     step, in shuffled order; an epoch ends when the largest task has been seen once, smaller tasks
-    and the last batch go on with a fresh shuffle. mixed=True: batches of the shuffled union of the
-    tasks, every image once. views: how many views an image has, 0: any (2**24, below which all
-    versions of torch draw the same). Draws from PyTorch's global generator, and only here.
+    and the last batch continue with a new shuffle. mixed=True: batches from the shuffled union of
+    the tasks, every image once. views: how many views an image has; 0: unlimited (2**24, up to
+    which all versions of torch draw the same). Draws from PyTorch's global generator, only here.
     """
     if mixed:
         union = [(t, i) for t, n in enumerate(sizes) for i in range(n)]
@@ -437,7 +436,7 @@ def plan(sizes, batch_size, mixed=False, views=0):
 
 @dataclass
 class Views(Dataset):
-    """The views of a step of a `plan`: (images uint8 [B, 3, size, size], labels, task [B]), arrays.
+    """The views of a step of a `plan`: arrays (images uint8 [B, 3, size, size], labels, task [B]).
 
     lists: the tasks' Images; transforms: one per list. Each view is drawn with its own random seed,
     made from the run's seed, the task, the index and the view, so it depends neither on the worker
@@ -469,7 +468,7 @@ def views(lists, size, seed, min_crop=0.08, augment=None, workers=None):
     """A Loader of the Views of some lists of Images, whose jobs are the steps of a `plan`.
 
     A view is a random resized crop (min_crop to 1 of the area, bicubic) and a horizontal flip.
-    Where augment[task] is False, images are transformed as test images are.
+    If augment[task] is False, images are transformed as test images are.
     """
     augmented = v2.Compose([
         v2.RandomResizedCrop(size, (min_crop, 1), interpolation=InterpolationMode.BICUBIC),
@@ -481,7 +480,7 @@ def views(lists, size, seed, min_crop=0.08, augment=None, workers=None):
 
 def in_order(images, size, workers=None, batch=100):
     """Yield (images uint8 [B, 3, size, size], labels) of all images, as CLIP sees test images:
-    resized to `size` (bicubic) and cropped at the centre, or whole where `images.crop` is False."""
+    resized to `size` (bicubic) and cropped at the centre, or whole if `images.crop` is False."""
     steps = [[(0, i, 0) for i in range(k, min(k + batch, len(images)))]
              for k in range(0, len(images), batch)]
     for pixels, labels, _ in views([images], size, 0, augment=[False], workers=workers).load(steps):
@@ -503,11 +502,11 @@ def normalise(images):
 
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-# not images, or readable on Windows alone
+# not images, or readable only on Windows
 ENDINGS -= set(".pdf .eps .ps .mpg .mpeg .h5 .hdf .grib .bufr .fits .fit .emf .wmf".split())
 
 
 def is_image(path):
-    """Whether a file's ending is one that Pillow reads."""
+    """Whether a file has an extension that Pillow reads."""
     path = Path(path)
     return path.suffix.lower() in ENDINGS and not path.name.startswith(".")

@@ -1,8 +1,8 @@
-"""Was this image trained on? Three places ask: `load_tasks` of its own lists, a resumed run of the
-data it was started on, and whoever scores prompts that were trained before.
+"""Was this image trained on? Checked in three places: `load_tasks` checks its own lists, a resumed
+run the data it was started on, and scoring saved prompts the images that they were trained on.
 
-The first compares files, links resolved, and reads none. The others compare by content: another
-name, folder or link does not make another image.
+The first compares files, links resolved, without reading them. The others compare contents: the
+same image under another name, in another folder or behind a link is still the same image.
 """
 import hashlib
 from pathlib import Path
@@ -20,8 +20,8 @@ def digest(item):
     """A hash (int64) of an image of an `Images` list: of the bytes of its file, or of its member of
     a zip file; of the pixels of an array.
 
-    Of any other item its place counts, such as the number of a drawing in a sheet: eight of the
-    built-in drawings look like another one. Raises UserError where a file cannot be read.
+    Any other item is identified by its place, such as the number of a drawing in a sheet: eight of
+    the built-in drawings look like another one. Raises UserError if a file cannot be read.
     """
     if isinstance(item, np.ndarray):
         return hashed(item.tobytes())
@@ -42,7 +42,7 @@ def hashed(content):
 
 
 def name_of(item):
-    """What an image is called in its folder, zip file or sheet, wherever that lies."""
+    """The name of an image in its folder, zip file or sheet, wherever that is."""
     if isinstance(item, (str, Path)):
         return Path(item).name
     if isinstance(item, tuple):
@@ -58,8 +58,8 @@ def digests(images):
 
 
 def trained_on(tasks):
-    """The digests, int64 [n], of all images that a training on tasks sees. Held-out images are
-    among them, because they choose its checkpoint."""
+    """The digests, int64 [n], of all images that training on tasks uses, including held-out images,
+    because they choose the checkpoint."""
     lists = [images for task in tasks for images in (task.train, task.val) if images]
     return torch.cat([torch.zeros(0, dtype=torch.long), *map(digests, lists)])
 
@@ -72,23 +72,23 @@ def tested(task, seen):
 
 
 def contents(task):
-    """What has to be found again where a run goes on: the class names and a hash of the images,
-    those that are trained on by content, those that are tested by name, wherever they lie."""
+    """What must not change before a run is resumed: the class names and a hash of the images,
+    training images by content, test images by name, wherever they are."""
     names = [name_of(item) for item in task.test.items]
     images = [trained_on([task]).tolist(), task.train.labels, names, task.test.labels]
     return [*task.class_names, hashlib.sha1(repr(images).encode()).hexdigest()]
 
 
 def tests_of(tasks):
-    """A mark of what is scored: the tasks' classes and test images, by name, wherever they lie."""
+    """A hash of what is scored: the tasks' classes and test images, by name, wherever they are."""
     found = [[task.name, task.class_names, task.test.labels, *map(name_of, task.test.items)]
              for task in tasks]
     return hashlib.sha1(repr(found).encode()).hexdigest()[:12]
 
 
 def reject_both_sides(tasks):
-    """Raise UserError where one task is trained on and tested on one file, links resolved. Where it
-    is a training image of another task, one line on stderr."""
+    """Raise UserError if a task trains and tests on the same file, links resolved. Warn if a test
+    image is a training image of another task."""
     trained, tested = {}, []
     for task in tasks:
         sides_of = {}
@@ -100,7 +100,7 @@ def reject_both_sides(tasks):
                 image = item if isinstance(item, tuple) else file_of(item)
                 if sides_of.setdefault(image, side) != side:
                     raise UserError(f"{shown(item)} of {task.name} is both a {sides_of[image]} and "
-                                    f"a {side} image: take it out of one")
+                                    f"a {side} image: remove it from one")
                 if side == "training":
                     trained.setdefault(image, task.name)
                 elif side == "test":
@@ -108,4 +108,4 @@ def reject_both_sides(tasks):
     shared = [(name, trained[image]) for image, name in tested if trained.get(image, name) != name]
     if shared:
         warn_once(f"{len(shared):,} test images are training images of another task, such as one "
-                  f"of {shared[0][0]} in {shared[0][1]}: prompts that tasks share have seen them")
+                  f"of {shared[0][0]} in {shared[0][1]}: shared prompts are trained on them")

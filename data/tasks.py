@@ -12,11 +12,11 @@ from .errors import UserError, warn_once
 from .images import Images
 from .seen import reject_both_sides
 
-BUILT_IN = dict(emoji=6, emoji24=6)         # the data that come along, and their default shots
+BUILT_IN = dict(emoji=6, emoji24=6)         # the built-in data and their default shots
 
 
 def built_in_shots(data):
-    """The default shots of `--data` where all of it comes along with the project, else None."""
+    """The default shots of `--data` if all of it is built in, else None."""
     names = {name.split(":")[0] for name in benchmarks.names_of(data)}
     return min(BUILT_IN[name] for name in names) if names <= BUILT_IN.keys() else None
 
@@ -30,10 +30,10 @@ class Task:
     template: str               # for zero-shot CLIP and fixed texts, without a full stop
     train: Images
     test: Images
-    val: Images = None          # None where the dataset has no validation part of its own
+    val: Images = None          # None if the dataset has no validation part of its own
     metric: str | Callable = "accuracy"     # "mean per class", "11-point mAP"
     augment: bool = True        # False: training images are only resized
-    unused: Images = None       # training images that a split leaves, where there is a test set
+    unused: Images = None       # training images outside the split, if there is a test set
 
 
 def load_tasks(data, split=None, shots=None, seed=1, root="data"):
@@ -41,18 +41,17 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
 
     data: the name of a benchmark (data/README.md lists them) under `root`, `name:PATTERN+PATTERN`
     for some of its tasks, the path of a tree `domain/class/images`, `name=path` for a tree
-    `class/images` that makes one task, or several of these joined by commas. split: the fraction of
-    each class to train on, max(1, round(split * n)) images; or shots: that many per class. Where a
-    dataset has no test set of its own the rest is it, and with `shots` a class keeps at least a
-    fifth of its images, and one, for it. Neither: every training image, where the dataset has a
-    test set of its own. The choice depends on the data and the seed only. Raises UserError for
-    whatever is wrong with the data or the numbers; what is not as published or asked for is one
-    line on stderr.
+    `class/images` that is one task, or several of these joined by commas. split: the fraction of
+    each class to train on, max(1, round(split * n)) images; or shots: that many per class. If a
+    dataset has no test set, the remaining images are its test set, and with `shots` each class
+    keeps at least a fifth of its images, and at least one, for it. With neither: every training
+    image, if the dataset has a test set. The choice depends only on the data and the seed. Raises
+    UserError for wrong data or numbers; warns of what is not as published or asked for.
     """
     check_size(split, shots)
     listings = find_listings(data, root)
     tasks = [divide(listing, split, shots, seed) for listing in listings]
-    if shots != built_in_shots(data):       # their own classes are as small as they are
+    if shots != built_in_shots(data):       # at its default, small classes are expected
         warn_of_few(listings, shots)
     for listing in listings:
         for note in listing.remarks + listing.notes:
@@ -62,9 +61,9 @@ def load_tasks(data, split=None, shots=None, seed=1, root="data"):
 
 
 def check_size(split, shots):
-    """Raise UserError where the numbers for `load_tasks` are out of range or say two things."""
+    """Raise UserError if the numbers for `load_tasks` are out of range, or if both are given."""
     if split is not None and shots is not None:
-        raise UserError("--split and --shots say the same thing in two ways: give one of them")
+        raise UserError("--split and --shots both say how much to train on: give one of them")
     if split is not None and not 0 < split <= 1:
         raise UserError(f"--split {split} is not a fraction: give a number above 0 and up to 1, "
                         "such as 0.1")
@@ -86,24 +85,24 @@ def find_listings(data, root="data", download=False):
     seen = set()
     for listing in listings:
         if listing.name in seen:
-            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: name them "
-                            "apart, as in name=path")
+            raise UserError(f"two tasks are called '{listing.name}' in --data {data}: give them "
+                            "different names, as in name=path")
         if listing.name.lower() == "average":
-            raise UserError(f"a task of --data {data} is called '{listing.name}', and so is the "
-                            "last row of every table: rename its folder, or give name=path")
+            raise UserError(f"a task of --data {data} is called '{listing.name}', like the last "
+                            "row of every table: rename its folder, or give name=path")
         seen.add(listing.name)
         note_doubles(listing)
     return listings
 
 
 def note_doubles(listing):
-    """A remark on labels with one class name, such as ImageNet's two of "missile": in a published
-    list of names they are kept. Two folders of one name are not accepted in the first place."""
+    """Add a remark on labels that share a class name, such as ImageNet's two of "missile": in a
+    published list of names they are kept. Folders with the same name are rejected before this."""
     twice = [name for name, n in Counter(listing.class_names).items() if n > 1]
     if twice:
         listing.remarks.append(
             f"{listing.name} has two classes called {' and two called '.join(twice[:5])}, as "
-            "published: the second of two can never win")
+            "published: the second of each pair can never be predicted")
 
 
 def divide(listing, split, shots, seed):
@@ -120,8 +119,8 @@ def divide(listing, split, shots, seed):
             take = min(shots, len(items) - spare)
         name = f"class '{listing.class_names[label]}' of {listing.name}"
         if not listing.test and len(items) < 2:
-            raise UserError(f"{name} has {len(items)} image, and one is needed to train and one to "
-                            "test on: add images or remove the class")
+            raise UserError(f"{name} has {len(items)} image, but one is needed to train on and one "
+                            "to test on: add images or remove the class")
         if not listing.test and take == len(items):
             raise UserError(f"{name} has {len(items)} images, and training on all of them leaves "
                             "none to test on: give --shots or a smaller --split")
@@ -140,7 +139,7 @@ def divide(listing, split, shots, seed):
 
 
 def warn_of_few(listings, shots):
-    """One line where classes cannot give `shots` images."""
+    """Warn if classes have fewer than `shots` images to train on."""
     few = [take for x in listings for take in x.taken if shots is not None and take < shots]
     if few:
         classes = sum(len(x.taken) for x in listings)
@@ -159,7 +158,7 @@ def as_images(pairs, listing):
 
 
 def validation(listing, shots, seed):
-    """The dataset's own validation part; under `shots` at most 4 images per class of it (CoOp)."""
+    """The dataset's own validation part; with `shots` at most 4 images per class of it (CoOp)."""
     pairs = []
     for label, items in enumerate(listing.val or []):
         chosen = list(range(len(items)))
@@ -173,10 +172,10 @@ def validation(listing, shots, seed):
 def hold_out(images, seed, fraction=0.2):
     """Split training images into (rest, held out): `fraction` of them, spread over the classes.
 
-    No class gives more than `fraction` of its images, rounded up, nor its last one: of 5 images per
-    class each gives one, of 2 images 40% of the classes one. Which ones depends on the seed and the
-    labels alone, so tasks with the same labels are divided at the same places. With one image per
-    class nothing can be held out, and the second list is empty.
+    No class gives more than `fraction` of its images, rounded up, or its last one: with 5 images
+    per class each gives one, with 2 images 40% of the classes give one. The choice depends only on
+    the seed and the labels, so tasks with the same labels are split the same way. With one image
+    per class nothing can be held out, and the second list is empty.
     """
     wanted, places = round(fraction * len(images)), defaultdict(list)
     for i, label in enumerate(images.classes):

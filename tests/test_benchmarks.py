@@ -129,12 +129,12 @@ def test_domainnet_that_is_not_whole_is_refused(tmp_path):
     folder = domainnet(tmp_path / "domainnet", MINI, "splits_mini")
     lists, test = folder / "splits_mini", folder / "splits_mini/sketch_test.txt"
     (folder / "real/alarm_clock/real_test_20_1.jpg").unlink()
-    refused("minidomainnet", tmp_path, lists / "real_*.txt", "1 of 33 images that are not there",
+    refused("minidomainnet", tmp_path, lists / "real_*.txt", "names missing images (1 of 33)",
             "alarm_clock/real_test_20_1.jpg", "unpack")
     for part in ("train", "test"):
         without(lists / f"sketch_{part}.txt", "alarm_clock")
     refused("minidomainnet", tmp_path, "class 'alarm clock' is in", lists, "same classes",
-            "lists of clipart and not in those of sketch")
+            "lists of clipart but not in those of sketch")
     put(test, "sketch/tiger/1.jpg 20\n")
     refused("minidomainnet", tmp_path, lists, "label 20 'tiger'", "alarm clock")
     put(test, "sketch/tiger/1.jpg\n")
@@ -239,10 +239,10 @@ def test_imagenet_is_tested_on_its_validation_images(tmp_path, capsys):
     assert task.class_names == ["tench", "tench", "shark"]      # two of a name, as published
     assert counts(task.train) == [2, 2, 2]
     says(capsys.readouterr().err, "ImageNet has two classes called tench, as published",
-         "the second of two can never win")
+         "the second of each pair can never be predicted")
     shutil.rmtree(val)
     put(val / "ILSVRC2012_val_1.JPEG")
-    refused("imagenet", tmp_path, val, "images themselves", "n01440764")
+    refused("imagenet", tmp_path, val, "images without class folders", "n01440764")
     put(val / "n09/1.JPEG")
     refused("imagenet", tmp_path, val / "n09", "classnames.txt")
     names.unlink()
@@ -268,7 +268,7 @@ def test_coop10_and_coop11_are_all_of_them_and_a_list_joins_any(tmp_path):
 def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
     split = coop(tmp_path, "dtd")
     edit(split, lambda s: s["test"].append(["gone.jpg", 0, "red ball"]))
-    refused("dtd", tmp_path, split, "1 of 23 images", tmp_path / "dtd/images/gone.jpg", "unpack")
+    refused("dtd", tmp_path, split, "(1 of 23)", tmp_path / "dtd/images/gone.jpg", "unpack")
     edit(split, lambda s: s["test"].clear())
     refused("dtd", tmp_path, split, "no test image")
     edit(split, lambda s: s["train"].append(["gone.jpg", 0, "dotted"]))
@@ -277,7 +277,7 @@ def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
     refused("dtd", tmp_path, split, "class 'red ball'", "no training image")
     for content in ("{", '{"train": [1], "val": [], "test": []}'):
         split.write_text(content)
-        refused("dtd", tmp_path, split, "not a split of CoOp's")
+        refused("dtd", tmp_path, split, "not a split in CoOp's format")
 
 
 def test_lines_that_stand_twice_in_a_split_of_coops(tmp_path, capsys):
@@ -464,7 +464,7 @@ def test_a_dataset_in_torchvisions_layout_has_its_official_split_and_clips_names
     said = capsys.readouterr().err
     assert ("has no test set in" in said) == ("test" not in sizes)
     if name == "caltech101":                            # CoOp leaves a class out
-        says(said, "4 classes where 101 were published")
+        says(said, "4 classes instead of the published 101")
     if name == "food101":                               # CoOp's split comes first
         coop(root, name)
         [task] = load_tasks(name, shots=1, root=root)
@@ -518,8 +518,9 @@ def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, 
     for seed in (1, 2):
         load_tasks("officehome", split=0.5, seed=seed, root=tmp_path)
     [line] = capsys.readouterr().err.splitlines()
-    says(line, "warning: Office-Home", tmp_path, "1 classes where 65", "20 images where 15,588",
-         "15,568 missing", "no backpack, batteries, bed, bike, bottle, bucket,", "chair and so on")
+    says(line, "warning: Office-Home", tmp_path, "1 classes instead of the published 65",
+         "20 images instead of the published 15,588 (15,568 missing)",
+         "no backpack, batteries, bed, bike, bottle, bucket,", "chair and so on")
     coop(tmp_path, "dtd")
     monkeypatch.setitem(module.DATASETS, "dtd", replace(module.DATASETS["dtd"], classes=2))
     load_tasks("dtd", shots=1, root=tmp_path)
@@ -558,7 +559,7 @@ def test_check_counts_the_images_of_each_part_and_names_every_problem(here, tmp_
     first, *problems = [line for line in out.splitlines() if line.startswith("problem: ")]
     says(" ".join(out.split()), "EuroSAT 2 12 4 6")
     assert out.endswith("1 task, 22 images: 4 problems\n")
-    says(first, "EuroSAT", "2 classes where 10 were published (8 missing)")
+    says(first, "EuroSAT", "2 classes instead of the published 10 (8 missing)")
     for path, line in zip(bad, problems, strict=True):
         says(line, path, "cannot be decoded")
     code, out, _ = here("common.py", *f"check --data eurosat --root {tmp_path} --quick".split())

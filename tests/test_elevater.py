@@ -241,8 +241,8 @@ def test_check_reads_all_images_and_compares_the_counts_with_the_published_ones(
     assert lines[1].split()[:5] == ["MNIST", "10", "30", "-", "20"]
     assert lines[1].endswith("accuracy") and lines[2].endswith("11-point mAP")
     folder = twenty[0] / "classification/mnist_20211008"
-    assert problems[0] == (f"MNIST in {folder} has 50 images where 70,000 were published (69,950 "
-                           "missing)")
+    assert problems[0] == (f"MNIST in {folder} has 50 images instead of the published 70,000 "
+                           "(69,950 missing)")
 
 
 def test_a_file_of_labels_with_other_classes_than_the_published_gives_the_names(tmp_path, capsys):
@@ -253,7 +253,7 @@ def test_a_file_of_labels_with_other_classes_than_the_published_gives_the_names(
     (folder / "labels.txt").write_text("zero\none_two\nthree\n")
     [task] = load_tasks("mnist", shots=1, root=tmp_path)
     assert task.class_names == ["zero", "one two", "three"]
-    says(capsys.readouterr().err, "3 classes where 10 were published")
+    says(capsys.readouterr().err, "3 classes instead of the published 10")
 
 
 def test_workers_read_from_one_zip_file_at_a_time(tmp_path):
@@ -386,7 +386,7 @@ WRONG = table(r"""
     train.zip@0/train 1.png 0,x           no label
     train.zip@0/train 1.png 10            label 10,  the 10 classes of  labels.txt  0 to 9
     train.zip@0/train 1.png 0,3           2 labels
-    train.zip@0/gone.png 0                names 0/gone.png  mnist_20211008/train.zip lacks
+    train.zip@0/gone.png 0                names 0/gone.png  is not in  mnist_20211008/train.zip
     train.zip@../../x.png 0               'train.zip@../../x.png'  leads out
     /etc/x.png 0                          leads out
     C:\x.png 0                            leads out
@@ -408,7 +408,7 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
     train.unlink()
     refused("MNIST", tmp_path, "train.txt, line 1,", train, "which is not there")
     train.write_bytes(whole[:-200])
-    refused("MNIST", tmp_path, "train.txt, line 1,", train, "not a whole zip file")
+    refused("MNIST", tmp_path, "train.txt, line 1,", train, "not a complete zip file")
     write_zip(train, {"../evil.png": picture(0)})
     refused("MNIST", tmp_path, train, "'../evil.png'", "leads out")
     train.write_bytes(whole)
@@ -576,7 +576,7 @@ def test_a_dataset_in_torchvisions_layout_has_its_split(tmp_path, title, monkeyp
     [task] = load_tasks(CALLED[title], root=tmp_path)
     assert task.name == title
     assert facts(task) == FACTS[title]
-    says(capsys.readouterr().err, f"{5 * CLASSES[title]:,} images where")
+    says(capsys.readouterr().err, f"{5 * CLASSES[title]:,} images instead of")
     assert not set(task.train.items) & set(task.test.items)
     for images, count in ((task.train, 3), (task.test, 2)):
         assert counts(images) == [count] * CLASSES[title]

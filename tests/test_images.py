@@ -416,7 +416,7 @@ def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, cap
         assert all("/test/" in str(path) for path in task.test.items)
     assert "is taken as one task, shapes, with its own split" in capsys.readouterr().err
     make_tree(root / "test", {"dog": 1})
-    with pytest.raises(data.UserError, match="other classes .'dog' is in one of them only"):
+    with pytest.raises(data.UserError, match="different classes .'dog' is in only one of them"):
         data.load_tasks(str(root), shots=2)
 
 

@@ -128,15 +128,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
     """By a run, and before anything is trained by `check`."""
     root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
-    assert not [line for line in check.report(str(root))[2] if "once more" in line]
+    assert not [line for line in check.report(str(root))[2] if "is the same image as" in line]
     if link == "of the folder":
         shutil.rmtree(root / "test/cup")
         os.symlink(root / "train/cup", root / "test/cup")
     else:
         link(root / "train/cup/000.png", root / "test/cup/link.png")
-    with pytest.raises(UserError, match="both a training and a test image: take it out"):
+    with pytest.raises(UserError, match="both a training and a test image: remove it"):
         load_tasks(str(root), split=1.0)
-    assert [line for line in check.report(str(root))[2] if "once more" in line]
+    assert [line for line in check.report(str(root))[2] if "is the same image as" in line]
 
 
 def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):

@@ -372,7 +372,7 @@ def test_cifar100_is_a_task_a_coarse_class(cifar):
 
 def test_cifar100_that_is_missing_or_damaged_is_named(cifar):
     (cifar / "cifar-100-python/test").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="CIFAR-100 is not in .*, or damaged: give --download"):
+    with pytest.raises(UserError, match="CIFAR-100 is not in .*, or is damaged: give --download"):
         load_tasks("cifar100", split=0.2, root=cifar)
 
 
@@ -386,6 +386,6 @@ def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
-    line = f"cannot be downloaded .no route to host.: put {CIFAR100.url}"
+    line = f"cannot be downloaded .no route to host.: get {CIFAR100.url}"
     with pytest.raises(UserError, match=line):
         find_listings("cifar100", cifar, download=True)

@@ -1,6 +1,7 @@
 """All benchmarks by name; `find` turns one name of `--data` into listings, one per task.
 
-To add a benchmark, write a function of the root folder that returns listings, and name it here.
+To add a benchmark, write a function that takes the root folder and returns listings, and register
+it here.
 """
 import difflib
 import os
@@ -16,7 +17,7 @@ DOWNLOADS = {**cifar100.DOWNLOADS, **coop.DOWNLOADS, **elevater.DOWNLOADS}
 
 
 def names_of(data):
-    """The parts of `--data`: a folder (whose name may have a comma), or names joined by commas."""
+    """The parts of `--data`: a folder (its name may contain a comma), or names joined by commas."""
     data = str(data)
     if os.path.isdir(os.path.expanduser(data)):
         return [data]
@@ -38,8 +39,8 @@ def absolute(data):
 
 
 def find(name, root):
-    """The listings of a benchmark's name, `name:PATTERN+PATTERN` for some of its tasks, a tree
-    `domain/class/images`, or `task=path` of a tree `class/images`."""
+    """The listings of a benchmark, of some of its tasks (`name:PATTERN+PATTERN`), of a tree
+    `domain/class/images`, or of a tree `class/images` (`task=path`)."""
     benchmark, _, patterns = name.partition(":")
     if benchmark in BENCHMARKS:
         listings = BENCHMARKS[benchmark](root)
@@ -51,7 +52,7 @@ def find(name, root):
     if os.path.isdir(path):
         return folders.tree(expand(path))
     if os.path.exists(path):
-        raise UserError(f"{path} is a file, and --data takes the name of a benchmark or a folder "
+        raise UserError(f"{path} is a file, but --data takes the name of a benchmark or a folder "
                         "domain/class/*.jpg")
     if os.sep in name:
         raise UserError(f"there is no folder {name}: --data takes the name of a "
@@ -60,7 +61,7 @@ def find(name, root):
     hint = f"it is not a folder, and the benchmarks are {', '.join(BENCHMARKS)}"
     if close:
         hint = f"did you mean '{close[0]}'?"
-    raise UserError(f"--data {name or 'of nothing'} is unknown: {hint}")
+    raise UserError(f"--data {name or '(empty)'} is unknown: {hint}")
 
 
 def chosen(benchmark, listings, patterns):
@@ -76,7 +77,7 @@ def chosen(benchmark, listings, patterns):
 
 
 def download(names, root):
-    """Download benchmarks by torchvision; rejects what it cannot download before the first."""
+    """Download benchmarks with torchvision, after rejecting any that it cannot download."""
     names = [name.split(":")[0] for name in names]
     for name in names:
         if name not in DOWNLOADS:

@@ -1,4 +1,4 @@
-"""Class groups as tasks: CIFAR-100's 20 coarse classes of 5."""
+"""Class groups as tasks: CIFAR-100's 20 coarse classes, of 5 classes each."""
 import pickle
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from ..listing import Listing
 
 
 def download(root):
-    """Let torchvision fetch CIFAR-100 into `root`; nothing is fetched where it is there already."""
+    """Let torchvision download CIFAR-100 into `root`, unless it is already there."""
     try:
         CIFAR100(root, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"CIFAR-100 cannot be downloaded ({brief(error)}): put {CIFAR100.url} into "
-                        f"{root}, unpacked") from error
+        raise UserError(f"CIFAR-100 cannot be downloaded ({brief(error)}): get {CIFAR100.url} "
+                        f"yourself and unpack it into {root}") from error
 
 
 def cifar100(root):
@@ -23,8 +23,8 @@ def cifar100(root):
     try:
         train, test = (CIFAR100(root, train=part) for part in (True, False))    # checks the hashes
     except (OSError, RuntimeError) as error:
-        raise UserError(f"CIFAR-100 is not in {root}, or damaged: give --download to fetch it, or "
-                        f"put the folder {CIFAR100.base_folder} there") from error
+        raise UserError(f"CIFAR-100 is not in {root}, or is damaged: give --download to fetch it, "
+                        f"or put the folder {CIFAR100.base_folder} there") from error
     folder = Path(root) / CIFAR100.base_folder
     coarse_names = unpickled(folder / "meta")["coarse_label_names"]
     coarse = unpickled(folder / "train")["coarse_labels"]

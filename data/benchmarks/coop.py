@@ -1,11 +1,11 @@
 """Datasets as tasks: the eleven of CoOp (Zhou et al., IJCV 2022), `coop10` (without ImageNet) and
 `coop11`.
 
-They are read in CoOp's `$DATA` layout, with CoOp's split and class names (`split_zhou_*.json`)
-where that file is there, and else with torchvision's loader in torchvision's layout: its official
-split, with the class names published with CLIP (data/class_names). SUN397, Caltech101 and EuroSAT
-have no official split in torchvision; what --split or --shots leaves is their test set then.
-FGVC-Aircraft has an official split in both layouts; ImageNet is tested on its validation images.
+They are read in CoOp's `$DATA` layout, with CoOp's split and class names, if `split_zhou_*.json`
+exists, otherwise with torchvision's loader in torchvision's layout: its official split, with the
+class names published with CLIP (data/class_names). SUN397, Caltech101 and EuroSAT have no official
+split in torchvision; their test set is then what --split or --shots leaves. FGVC-Aircraft has an
+official split in both layouts; ImageNet is tested on its validation images.
 
 Templates are CoOp's, and so is the metric: plain accuracy for all eleven. (CLIP's own paper scores
 OxfordPets, Flowers102, FGVCAircraft and Caltech101 by the mean over classes.)
@@ -45,9 +45,9 @@ class Dataset:
 
     title: str
     template: str
-    classes: int                # published; in CoOp's split for those that have one
+    classes: int                # published number; in CoOp's split if there is one
     folder: str                 # in CoOp's $DATA
-    images: str = "."           # folder in `folder` that the paths of CoOp's split start from
+    images: str = "."           # folder in `folder` that the paths in CoOp's split are relative to
     split: str | None = None    # CoOp's split in `folder`
     loader: type | None = None  # torchvision's
     own: str | None = None      # torchvision's folder
@@ -107,8 +107,8 @@ def dataset(name, root):
         source, parts = root / data.own, official(name, root)
         classes += name == "caltech101"                         # CoOp leaves "Faces_easy" out
         if data.parts == NO_SPLIT:
-            remarks = [f"{data.title} has no test set in {source}, so its tests are on what the "
-                       f"training leaves: CoOp's is in {folder / data.split}"]
+            remarks = [f"{data.title} has no test set in {source}, so it is tested on the images "
+                       f"not trained on: CoOp's test set is in {folder / data.split}"]
     else:
         raise missing(name, root)
     names = label_names(parts, source)
@@ -144,19 +144,19 @@ def coop_split(path, folder):
                 image = image.replace("\\", "/").lstrip("/")
                 parts[part].append((f"{folder}/{image}", int(label), named(name)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a split of CoOp's (train, val and test, each a list of "
-                        "[image, label, class name]): download the file again") from error
+        raise UserError(f"{path} is not a split in CoOp's format (train, val and test, each a list "
+                        "of [image, label, class name]): download the file again") from error
     return parts
 
 
 def named(name):
-    """A class name of CoOp's files with spaces; CLIP's tokenizer lowers the letters."""
+    """A class name of CoOp's files with spaces; CLIP's tokenizer makes it lower-case."""
     return " ".join(name.replace("_", " ").split())
 
 
 def aircraft(folder):
-    """FGVC-Aircraft's own lists: `variants.txt` names the classes, a line of
-    `images_variant_*.txt` is `1025794 707-320`."""
+    """FGVC-Aircraft's own lists: `variants.txt` names the classes; lines of
+    `images_variant_*.txt` look like `1025794 707-320`."""
     label = {name.strip(): i for i, name in enumerate(read_lines(folder / "variants.txt"))}
     parts = {}
     for part in THREE:
@@ -179,7 +179,7 @@ def imagenet(folder):
         check_folder(place)
         classes = folders(place)
         if not classes:
-            holds = "images themselves" if images_in(place) else "nothing"
+            holds = "images without class folders" if images_in(place) else "nothing"
             raise UserError(f"{place} holds {holds}: sort its images into folders such as "
                             f"{place / 'n01440764'}")
         parts[part] = []
@@ -195,7 +195,7 @@ def imagenet(folder):
 
 
 def official(name, root):
-    """{"train", "test", "val": [(path, label, class name)]} by torchvision's loader."""
+    """{"train", "test", "val": [(path, label, class name)]} from torchvision's loader."""
     data, published, parts = DATASETS[name], published_names(name), {}
     try:
         for part, split in data.parts.items():
@@ -212,7 +212,7 @@ def images(name, loaded):
     """(path, label, the dataset's own class name) of every image of a torchvision dataset.
 
     Food101, DTD: the class name is the label, because torchvision numbers the classes of each part
-    by itself.
+    separately.
     """
     if name == "caltech101":
         top, found = f"{loaded.root}/101_ObjectCategories", []
@@ -236,14 +236,14 @@ def images(name, loaded):
 
 
 def published_names(name):
-    """{plain key: class name} of data/class_names: CLIP's names, behind a tab where the dataset's
-    own name is another."""
+    """{plain key: class name} of data/class_names: CLIP's names, after a tab if the dataset's own
+    name is different."""
     lines = read_lines(CLASS_NAMES / f"{name}.txt")
     return {plain(line.split("\t")[0]): line.split("\t")[-1] for line in lines}
 
 
 def download(name, root):
-    """Let torchvision fetch a dataset into `root`; nothing is fetched where it is there already."""
+    """Let torchvision download a dataset into `root`, unless it is already there."""
     data = DATASETS[name]
     if (root / data.folder / (data.split or "variants.txt")).is_file():
         return
@@ -253,7 +253,7 @@ def download(name, root):
             data.loader(root, download=True, **how)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{data.title} cannot be downloaded ({brief(error)}): put it into "
-                        f"{root / data.own} yourself, data/README.md says where it is") from error
+                        f"{root / data.own} yourself; data/README.md says where it is") from error
 
 
 def several(names, root):

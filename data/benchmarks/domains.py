@@ -86,7 +86,7 @@ def domainnet(root, title="DomainNet", domains=DOMAINS, lists=("splits", "."), c
             if names[label] not in LACKING.get(domain, ()):
                 other = next(d for d in domains if any(
                     x == label for items in parts[d].values() for _, x, _ in items))
-                raise UserError(f"class '{names[label]}' is in {folder}'s lists of {other} and not "
+                raise UserError(f"class '{names[label]}' is in {folder}'s lists of {other} but not "
                                 f"in those of {domain}: download the lists again, every domain has "
                                 "the same classes")
     if pooled:
@@ -104,7 +104,7 @@ def read_list(path, place):
         image, _, label = line.strip().replace("\\", "/").rpartition(" ")
         parts = image.split("/")
         if len(parts) < 3 or not label.isdigit():
-            raise UserError(f"{path} has a line '{line[:80]}', and a line should be "
+            raise UserError(f"{path} has a line '{line[:80]}', but a line should be "
                             "domain/class/image.jpg and a label: download the file again")
         if parts[1] not in names:
             names[parts[1]] = spoken(parts[1])

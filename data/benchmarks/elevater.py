@@ -4,19 +4,19 @@ those that are not among CoOp's eleven.
 They are read as the toolkit of ELEVATER stores them, `root/classification/FOLDER/`: an index per
 part, either `train.txt` with lines `train.zip@path label[,label]`, whose labels count the lines of
 `labels.txt`, or a JSON file in COCO's format; and the images in zip files, or the same unpacked.
-Images are read from the zip files where they are. Where that folder is missing and torchvision's
-is there, torchvision's split serves.
+Zip files are read in place, without unpacking. If that folder is missing but torchvision's exists,
+torchvision's split is used.
 
-Class names (data/class_names/elevater) and templates are the toolkit's, its first of several, and
-so are the metrics, except that HatefulMemes is scored by accuracy (the toolkit: ROC AUC), as in
-MVLPT's tables, whose cells are multiples of 1/15 %, and in the last version of its program. The
-toolkit's validation parts are not used: MVLPT holds out 20% of the few-shot set. Images are resized
-to a square in training and test, neither cropped nor augmented: MVLPT's program has `CENTER_CROP:
-False` for all twenty. In VOC 2007 an image has several classes; it is drawn for the rarest of them,
-so that `--shots k` finds k images per class.
+Class names (data/class_names/elevater), templates (the first of several) and metrics are the
+toolkit's, except that HatefulMemes is scored by accuracy (the toolkit: ROC AUC), as in MVLPT's
+tables, whose cells are multiples of 1/15 %, and in the last version of its program. The toolkit's
+validation parts are not used: MVLPT holds out 20% of the few-shot set. Images are resized to a
+square in training and test, neither cropped nor augmented: MVLPT's program has `CENTER_CROP: False`
+for all twenty. In VOC 2007 an image has several classes; it is sampled for the rarest of them, so
+that `--shots k` finds k images per class.
 
 Every text here ends in one full stop. As published, two datasets' texts do not: PatchCamelyon's
-template has none, and KITTI's class names have their own, so that under learned prompts there are
+template has none, and KITTI's class names end in one already, so with learned prompts there are
 two.
 """
 import json
@@ -45,12 +45,12 @@ class Dataset:
     title: str                  # as data/paper_results.json has it
     template: str
     folder: str                 # in the toolkit's `classification`
-    train: tuple                # index, and the number of images that was published
+    train: tuple                # index file, and the published number of images
     test: tuple
     labels: str | None = "labels.txt"       # None: the index has the categories
     metric: str = "accuracy"
     several: bool = False       # whether an image may have several classes
-    own: str | None = None      # torchvision's folder, where it has such a split
+    own: str | None = None      # torchvision's folder, if torchvision has such a split
     coop: str | None = None     # the name of the dataset among CoOp's
 
 
@@ -119,7 +119,7 @@ DATASETS = {
         "VOC2007", "a photo of a {}", "voc2007_20211007", ("train_ic.txt", 2501),
         ("test_ic.txt", 4952), metric="11-point mAP", several=True, own="VOCdevkit/VOC2007"),
 }
-NOT_FETCHED = ("fer-2013", "stanford-cars")     # torchvision reads them and cannot download them
+NOT_FETCHED = ("fer-2013", "stanford-cars")     # torchvision reads but cannot download them
 
 
 def dataset(name, root):
@@ -154,7 +154,7 @@ def as_listing(name, names, parts, source):
             labels[image] = tuple(sorted(set(classes), key=lambda k: (counts[k], k)))
             first = labels[image][0]
             lists[part].append((image, first, names[first]))
-    # a class may be in images that count for a rarer one only
+    # a class may occur only in images that are sampled for a rarer one
     held = [{k for _, classes in images for k in classes} for images in parts.values()]
     lacking = {names[k] for k in set.intersection(*held)}
     found = split_listing(data.title, data.template, lists, dict(enumerate(names)), source,
@@ -196,7 +196,7 @@ def toolkit(name, folder):
             if not classes:
                 raise UserError(f"{place} has no label ('{image}'): download the file again")
             if len(set(classes)) > 1 and not data.several:
-                raise UserError(f"{place} has {len(classes)} labels, and an image of {data.title} "
+                raise UserError(f"{place} has {len(classes)} labels, but an image of {data.title} "
                                 "has one: download the file again")
         parts[part] = located(folder, entries)
     published = published_names(name)
@@ -215,11 +215,11 @@ def read_index(path, n_classes, labels):
         place = f"{path}, line {number},"
         image, _, numbers = line.strip().rpartition(" ")
         if not image or not numbered.fullmatch(numbers):
-            raise UserError(f"{place} has no label ('{line.strip()[:80]}'), and a line should be "
+            raise UserError(f"{place} has no label ('{line.strip()[:80]}'), but a line should be "
                             "an image, a space and its labels: download the file again")
         classes = [int(k) for k in numbers.split(",")]
         if max(classes) >= n_classes:
-            raise UserError(f"{place} has the label {max(classes)}, and the {n_classes} classes of "
+            raise UserError(f"{place} has the label {max(classes)}, but the {n_classes} classes of "
                             f"{labels} have the labels 0 to {n_classes - 1}: download the files "
                             "again")
         entries.append((place, image, classes))
@@ -285,21 +285,21 @@ def located(folder, entries):
                 known[path] = path, set(os.listdir(path)) if os.path.isdir(path) else ()
             members = known[path][1]
         if member not in members:
-            raise UserError(f"{place} names {member}, which {path} lacks: download the images "
+            raise UserError(f"{place} names {member}, which is not in {path}: download the images "
                             "again")
         found.append((item, classes))
     return found
 
 
 def leads_out(path):
-    """Whether a path with slashes is absolute (`/x`, `C:/x`), or has a step up."""
+    """Whether a path with slashes is absolute (`/x`, `C:/x`) or contains `..`."""
     return path.startswith("/") or path[1:2] == ":" or ".." in path.split("/")
 
 
 def opened(folder, archive, member, place):
-    """(zip file, its members), or where it is unpacked (the folder of its members, None).
+    """(zip file, its members), or if it is unpacked (the folder of its members, None).
 
-    member: the first that is wanted, named at `place`.
+    member: the first member needed, named at `place`.
     """
     path = folder / archive
     if not archive:
@@ -308,18 +308,18 @@ def opened(folder, archive, member, place):
         for unpacked in (path.with_suffix(""), path.parent):
             if (unpacked / member).is_file():
                 return unpacked, None
-        raise UserError(f"{place} names {path}, which is not there: put it there, or what it holds "
+        raise UserError(f"{place} names {path}, which is not there: put it there, or unpack it "
                         f"into {path.with_suffix('')}")
     try:
         with zipfile.ZipFile(path) as file:
             members = set(file.namelist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise UserError(f"{place} names {path}, which is not a whole zip file ({brief(error)}): "
-                        "download it again") from error
+        raise UserError(f"{place} names {path}, which is not a complete zip file "
+                        f"({brief(error)}): download it again") from error
     for name in members:
         if leads_out(name.replace("\\", "/")):
-            raise UserError(f"{path} has a member {name!r} that leads out of its folder: get the "
-                            "zip file again")
+            raise UserError(f"{path} has a member {name!r} that leads out of its folder: download "
+                            "the zip file again")
     return path, members
 
 
@@ -334,7 +334,7 @@ FER2013 = [0, 1, 2, 3, 5, 6, 4]
 
 
 def official(name, root):
-    """(class names, {"train", "test": [(image, classes)]}) by torchvision's loader."""
+    """(class names, {"train", "test": [(image, classes)]}) from torchvision's loader."""
     data = DATASETS[name]
     folder = root / data.own
     if data.coop:
@@ -394,7 +394,7 @@ def pairs(name, root, names, part):
 def voc(folder, names, part):
     """[(image, classes)] of VOC 2007's `ImageSets/Main/CLASS_PART.txt`, with lines `000005 1`.
 
-    1: has the class, 0: only hard to see (which counts where an image has nothing else), -1: not.
+    1: has the class, 0: hard to see (counts only if the image has no other class), -1: absent.
     """
     seen = {}
     for k, name in enumerate(names):
@@ -406,7 +406,7 @@ def voc(folder, names, part):
 
 
 def download(name, root):
-    """Let torchvision fetch a dataset into `root`; nothing is fetched where it is there already."""
+    """Let torchvision download a dataset into `root`, unless it is already there."""
     data = DATASETS[name]
     if (root / "classification" / data.folder).is_dir():
         return

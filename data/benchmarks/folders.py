@@ -1,4 +1,4 @@
-"""Your own data: trees `domain/class/images`, and trees `class/images` that make one task."""
+"""Your own data: trees `domain/class/images`, and trees `class/images` that are one task."""
 import re
 
 from ..errors import UserError
@@ -18,7 +18,7 @@ from .lists import (
 
 PARTS = dict(train="train", training="train", trainval="train", val="val", valid="val",
              validate="val", validation="val", dev="val", eval="val", test="test", testing="test")
-# words that may stand beside these; "set" may end any word
+# words that may appear beside these; any word may end in "set"
 FILLERS = {"", "data", "image", "images", "img", "imgs", "split"}
 
 
@@ -32,17 +32,17 @@ def tree(path):
     if divided:
         names = ", ".join(p.name for p in own_split(divided[0]).values())
         remedy = ",".join(f"{printable(p.name)}={p}" for p in inside)
-        raise UserError(f"{divided[0]} has a split of its own ({names}), and the domains of a tree "
+        raise UserError(f"{divided[0]} has its own split ({names}), but the domains of a tree "
                         f"domain/class/*.jpg have none: give --data {remedy}")
     domains = {p: printable(p.name) for p in inside}
     return domain_trees(path, domains, "a photo of a {}")
 
 
 def own_split(path):
-    """{part: folder} of a tree `{train,val,test}/class/images`, empty where it is none.
+    """{part: folder} of a tree `{train,val,test}/class/images`, empty for any other folder.
 
-    Raises UserError where other folders lie beside these or two have one part: taken as tasks, one
-    would be trained on another's test images.
+    Raises UserError if there are other folders beside these, or two for the same part: taken as
+    tasks, one would be trained on another's test images.
     """
     inside, alike = folders(path), {}
     for p in inside:
@@ -60,8 +60,8 @@ def own_split(path):
 
 
 def part_of(name):
-    """("train", "val" or "test", the other words) of a folder such as `training_set`, `seg_test` or
-    `val2017`; (None, all words) of one that is not a part of a split."""
+    """("train", "val" or "test", the other words) for a folder such as `training_set`, `seg_test`
+    or `val2017`; (None, all words) for one that is not a part of a split."""
     words = [word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.lower())]
     found = [PARTS[word] for word in words if word in PARTS]
     rest = [word for word in words if word not in PARTS and word not in FILLERS]
@@ -69,17 +69,18 @@ def part_of(name):
 
 
 def unwrapped(path):
-    """A folder, or the one in it where it holds nothing but another of its own name."""
+    """A folder, or the folder inside it if that is the only one and has the same name."""
     inside = folders(path)
     return inside[0] if [p.name for p in inside] == [path.name] else path
 
 
 def class_names(names):
-    """The class names that the folders of a task say.
+    """The class names, from the names of a task's folders.
 
-    A number in front is a label's, and left out, where every class has one, zero-padded to one
-    width or counting from 0 or 1, and the names differ without it: `001.Black_footed_Albatross`,
-    but not `10_to_19` or `5_euro`. WordNet's number is left out: `n02085620-Chihuahua`.
+    A leading number is taken as a label and dropped if every class has one, zero-padded to the same
+    width or counting from 0 or 1, and the names still differ without it:
+    `001.Black_footed_Albatross`, but not `10_to_19` or `5_euro`. A WordNet ID is dropped:
+    `n02085620-Chihuahua`.
     """
     names = [re.sub(r"^n\d{8}[-_. ]+(?=.)", "", name) for name in names]
     numbered = re.compile(r"(\d+)[-_. ]+(?!to[-_. ]?\d)([^-_. \d].*)", re.ASCII)
@@ -97,17 +98,17 @@ def class_names(names):
 def domain_trees(path, domains, template, names=()):
     """A listing per domain from `domain/class/images`; every domain needs the same classes.
 
-    names: published class names, taken where a folder's name has the same letters.
+    names: published class names, used if a folder's name has the same letters.
     """
     depth = image_depth(path)
     if depth is None:
         raise UserError(f"{path} holds no images: it should be a tree domain/class/*.jpg")
     if depth == 0:
-        raise UserError(f"{path} holds images themselves, and --data takes a tree "
+        raise UserError(f"{path} holds images directly, but --data takes a tree "
                         "domain/class/*.jpg: go two levels up")
     if depth == 1:
         raise UserError(
-            f"{path} holds folders of images, the classes of one task, and --data takes "
+            f"{path} holds folders of images, the classes of one task, but --data takes "
             "a tree domain/class/*.jpg: go one level up, or give "
             f"name={path} to make it one task"
         )
@@ -121,9 +122,9 @@ def domain_trees(path, domains, template, names=()):
         for other in trees:
             for name in one.class_names:
                 if name not in other.class_names:
-                    raise UserError(f"class '{name}' is in {path}'s domain {one.name} and not in "
+                    raise UserError(f"class '{name}' is in {path}'s domain {one.name} but not in "
                                     f"{other.name}: every domain needs the same classes; for tasks "
-                                    "with classes of their own give name=path,name=path")
+                                    "with different classes give name=path,name=path")
     stray = images_in(path)
     if stray:
         trees[0].notes.append(f"skipped {counted(stray, 'image')} beside the domains in {path}, "
@@ -133,7 +134,7 @@ def domain_trees(path, domains, template, names=()):
 
 
 def class_tree(name, path, template="a photo of a {}", names=()):
-    """One listing from `class/images`, the classes in the order of their spoken names; or from
+    """One listing from `class/images`, the classes sorted by name; or from
     `{train,val,test}/class/images`, whose split is kept."""
     check_folder(path)
     parts = own_split(path)
@@ -143,7 +144,7 @@ def class_tree(name, path, template="a photo of a {}", names=()):
     if depth is None:
         raise UserError(f"{path} holds no images; a task is a tree class/*.jpg")
     if depth == 0:
-        raise UserError(f"{path} holds images themselves: go one level up; a task is a tree "
+        raise UserError(f"{path} holds images directly: go one level up; a task is a tree "
                         "class/*.jpg")
     if depth > 1:
         raise UserError(f"{path} is a level too high; a task is a tree class/*.jpg")
@@ -180,8 +181,9 @@ def split_tree(name, path, parts, template="a photo of a {}"):
     for part, one in trees.items():
         if one.class_names != train.class_names:
             odd = sorted(set(one.class_names) ^ set(train.class_names))
-            raise UserError(f"{parts['train']} and {parts[part]} have other classes ('{odd[0]}' is "
-                            "in one of them only): a split needs the same classes on every side")
+            raise UserError(f"{parts['train']} and {parts[part]} have different classes "
+                            f"('{odd[0]}' is in only one of them): all parts of a split need the "
+                            "same classes")
     notes = [note for one in trees.values() for note in one.notes]
     remarks = [f"{path} is taken as one task, {name}, with its own split into {', '.join(trees)}"]
     remarks += skipped_runs(path)
@@ -193,5 +195,5 @@ def split_tree(name, path, parts, template="a photo of a {}"):
         found.test = trees["test"].items
         found.val = trees["val"].items if "val" in trees else None
     elif "val" in trees:
-        found.test = trees["val"].items     # many trees have train and val only
+        found.test = trees["val"].items     # many trees have only train and val
     return found

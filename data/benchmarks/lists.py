@@ -10,19 +10,18 @@ from ..listing import Listing, images_of
 
 
 def spoken(name):
-    """A folder's name as people say it: `Alarm_Clock` is "alarm clock", and `AnnualCrop` "annual
-    crop"."""
+    """A folder's name as words: `Alarm_Clock` gives "alarm clock", `AnnualCrop` "annual crop"."""
     name = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", printable(name))
     return " ".join(name.replace("_", " ").split()).lower()
 
 
 def plain(name):
-    """A name in small letters and digits."""
+    """A name in lower-case letters and digits."""
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def printable(name):
-    """A name of the file system in normal form NFC; bytes that are not UTF-8 are replaced."""
+    """A name from the file system in Unicode's form NFC; bytes that are not UTF-8 are replaced."""
     text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return unicodedata.normalize("NFC", text)
 
@@ -33,13 +32,13 @@ def counted(things, noun):
 
 
 def folders(path):
-    """The folders in a folder, sorted by name, without hidden ones, what a Mac leaves, and those of
-    this project's runs."""
+    """The folders in a folder, sorted by name, except hidden ones, `__MACOSX` and those of this
+    project's runs."""
     return [p for p in all_folders(path) if not holds_runs(p)]
 
 
 def all_folders(path):
-    """The folders in a folder, sorted by name, without hidden ones and what a Mac leaves."""
+    """The folders in a folder, sorted by name, except hidden ones and `__MACOSX`."""
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if entry.is_dir()]
     names = [name for name in names if not name.startswith((".", "__MACOSX"))]
@@ -47,7 +46,7 @@ def all_folders(path):
 
 
 def holds_runs(path):
-    """Whether a folder is that of a run or a table of this project, or holds nothing else."""
+    """Whether a folder is that of a run or a table of this project, or only holds such folders."""
     if os.path.isfile(path / "table.md") and os.path.isfile(path / "table.csv"):
         return True
     try:
@@ -55,12 +54,12 @@ def holds_runs(path):
             return "method" in json.loads((path / "settings.json").read_text(encoding="utf-8"))
         inside = all_folders(path)
         return bool(inside) and all(map(holds_runs, inside)) and not images_in(path)
-    except (OSError, ValueError, TypeError):        # not ours, or not to be looked into
+    except (OSError, ValueError, TypeError):        # not ours, or not readable
         return False
 
 
 def skipped_runs(path):
-    """A remark, in a list, on the folders of runs in a folder, which are not taken for images."""
+    """A list with a remark if a folder contains folders of runs, which are skipped."""
     runs = [p for p in all_folders(path) if holds_runs(p)]
     if not runs:
         return []
@@ -79,7 +78,7 @@ def skipped(path):
     deep = [p for p in path.glob("*/**/*") if is_image(p)]
     notes = []
     if other:
-        notes.append(f"skipped {counted(other, 'file')} in {path} without the ending of an image, "
+        notes.append(f"skipped {counted(other, 'file')} in {path} without an image extension, "
                      f"such as {other[0].name}")
     if deep:
         notes.append(f"skipped {counted(deep, 'image')} in folders below the class folder {path}, "
@@ -90,7 +89,7 @@ def skipped(path):
 def image_depth(path, most=4):
     """How many folders below `path` most of its images lie (0: in it), or None.
 
-    It tells a level too high or too low; a stray image elsewhere does not count.
+    It shows if `path` is a level too high or too low; a few stray images do not matter.
     """
     level, best, count = [path], None, 0
     for depth in range(most + 1):
@@ -102,34 +101,34 @@ def image_depth(path, most=4):
 
 
 def check_folder(path, flag="--data"):
-    """Raise UserError where there is no such folder."""
+    """Raise UserError if there is no such folder."""
     if not path.exists():
-        raise UserError(f"there is no folder {path}: give {flag} one that is there")
+        raise UserError(f"there is no folder {path}: give {flag} an existing folder")
     if not path.is_dir():
         raise UserError(f"{path} is a file where a folder of images belongs: give {flag} a folder")
 
 
 def elsewhere(root, folder, marks=()):
-    """What --root to give where `folder` is missing in `root` because that is a level or two off.
+    """Which --root to give if `folder` is missing because `root` is a level or two off, else "".
 
-    marks: files and folders that tell that `root` is the folder itself. "" where it is not so.
+    marks: files and folders that show that `root` is the folder itself.
     """
     here = root.resolve()
     if here.name == folder or any((root / mark).exists() for mark in marks):
         return f"{root} is that folder itself, so give --root {here.parent}"
     if here.parent.name == folder:
-        return f"{root} is inside of that folder, so give --root {here.parent.parent}"
+        return f"{root} is inside that folder, so give --root {here.parent.parent}"
     inside = [p for p in folders(root) if (p / folder).is_dir()]
     return f"it is in {inside[0]}, so give --root {inside[0]}" if inside else ""
 
 
 def read_text(path):
-    """The text of a file, a byte order mark left out; UserError where it cannot be read."""
+    """The text of a file, without a byte order mark; UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"{path} cannot be read ({reason}): put the file of the dataset "
+        raise UserError(f"{path} cannot be read ({reason}): put the dataset's file "
                         "there") from error
 
 
@@ -139,7 +138,7 @@ def read_lines(path):
 
 
 def check_there(paths, source):
-    """Reject a list that names absent images; reads every folder once and opens no image."""
+    """Reject a list that names missing images; reads every folder once and opens no image."""
     wanted = {}
     for path in paths:
         folder, _, file = path.rpartition("/")
@@ -153,7 +152,7 @@ def check_there(paths, source):
         absent += [f"{folder}/{file}" for file in files if file not in there]
     if absent:
         raise UserError(
-            f"{source} names {len(absent):,} of {len(paths):,} images that are not there, "
+            f"{source} names missing images ({len(absent):,} of {len(paths):,}), "
             f"such as {absent[0]}: unpack the images there"
         )
 
@@ -161,15 +160,15 @@ def check_there(paths, source):
 def label_names(parts, source, names=None):
     """{label: class name} of the lists in `parts`, added to `names`.
 
-    Raises UserError where a label has two names.
+    Raises UserError if a label has two names.
     """
     names = {} if names is None else names
     for items in parts.values():
         for path, label, name in items:
             if names.setdefault(label, name) != name:
                 raise UserError(
-                    f"{source} calls label {label} '{name}' ({path}), and elsewhere that "
-                    f"is '{names[label]}': download the file again"
+                    f"{source} calls label {label} '{name}' ({path}), but elsewhere "
+                    f"'{names[label]}': download the file again"
                 )
     return names
 
@@ -177,11 +176,11 @@ def label_names(parts, source, names=None):
 def split_listing(name, template, parts, names, source, draw, lacking=()):
     """A Listing from a dataset's own split.
 
-    parts: "train", "test" and "val" (as many as it has) -> a list of (path, label, class name), or
-    of (item, label, class name), whose images the caller has found to be there;
+    parts: "train", "test" and "val" (those it has) -> a list of (path, label, class name), or of
+    (item, label, class name) for images that the caller has checked to exist;
     names: label -> class name; source: the file or folder to name in errors; lacking: classes that
-    may do without training images. An image that is listed twice in one part counts once.
-    Raises UserError for absent images, an image in two parts, a class without training or test
+    may have no training images. An image that is listed twice in one part counts once.
+    Raises UserError for missing images, an image in two parts, or a class without training or test
     images.
     """
     labels = sorted(names)
@@ -197,7 +196,7 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
                 twice.append(path)
             else:
                 raise UserError(f"{source} lists {shown(path)} twice, in {owner[path][0]} and "
-                                f"{part} or with two labels: take one of the lines out")
+                                f"{part} or with two labels: remove one of the lines")
     if twice:
         notes.append(f"{source} lists {counted(twice, 'image')} twice: counted once")
     for part, what in dict(train="training", test="test").items():
@@ -208,7 +207,7 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
                     "download the file again"
                 )
     if not labels:
-        raise UserError(f"{source} leaves no image to train on: download the file again")
+        raise UserError(f"{source} has no image to train on: download the file again")
     files = [path for items in parts.values() for path, _, _ in items if isinstance(path, str)]
     check_there(files, source)
     return Listing(name, [names[label] for label in labels], template, lists["train"], draw,
@@ -216,7 +215,7 @@ def split_listing(name, template, parts, names, source, draw, lacking=()):
 
 
 def compared(listings, title, place, classes, images=None, names=()):
-    """The listings, with a note on the first where they are not what was published.
+    """The listings, with a note on the first if they differ from what was published.
 
     classes: per task; images: in all; names: the published class names, to name the missing ones.
     """
@@ -226,7 +225,7 @@ def compared(listings, title, place, classes, images=None, names=()):
                                   (found, "images", images)):
         if published and have != published:
             off = "missing" if have < published else "too many"
-            says.append(f"{have:,} {what} where {published:,} were published "
+            says.append(f"{have:,} {what} instead of the published {published:,} "
                         f"({abs(published - have):,} {off})")
     missing = [name for name in names if name not in listings[0].class_names]
     if missing:
@@ -237,5 +236,5 @@ def compared(listings, title, place, classes, images=None, names=()):
 
 
 def unreadable(path, error, what, remedy="download the file again"):
-    """The UserError of a file that is not what it should be."""
+    """The UserError for a file that is not what it should be."""
     return UserError(f"{path} is not {what} ({brief(error)}): {remedy}")

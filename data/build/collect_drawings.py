@@ -5,10 +5,10 @@
     python data/build/collect_drawings.py --npm /tmp/npm --out /tmp/tiny/drawings.npz
 
 None of the four styles of the `emoji` benchmark, and no other edition of one (Noto 1, Fluent 3D,
-Fluent's UI icons), is among the sets below. FxEmoji is the fifth style: it is stored apart, no
-training step sees it, and training is watched by the accuracy on it. Every drawing gets a
-`concept`: the emoji it draws (skin tones and sets share it) or, for an icon, the words of its name.
-`captions` of a concept are what its pretraining texts are made of.
+Fluent's UI icons), is among the sets below. FxEmoji, a fifth style, is held out: no training step
+uses it, and the accuracy on it monitors the training. Every drawing gets a `concept`: the emoji it
+draws (skin tones and sets share it) or, for an icon, the words of its name. A concept's label, tags
+and group make its captions.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def slug(text):
 
 
 def render(svg):
-    """A white-backed [64, 64, 3] raster of an SVG, or None where the drawing cannot be read."""
+    """A [64, 64, 3] raster of an SVG on white, or None if the drawing cannot be read."""
     import resvg_py
 
     try:
@@ -77,7 +77,7 @@ def render(svg):
 
 
 def icon_svgs(npm, name):
-    """Yield (icon name, SVG text) of one Iconify set, hidden duplicates left out."""
+    """Yield (icon name, SVG text) of one Iconify set, without hidden duplicates."""
     data = json.loads((npm / f"@iconify/json/json/{name}.json").read_text())
     for key, icon in data["icons"].items():
         box = [
@@ -95,8 +95,8 @@ def icon_svgs(npm, name):
 
 
 def emoji_index(npm):
-    """Map names, shortcodes and names run together to emojibase's entries; skin tones map to their
-    base emoji."""
+    """Map names (also without hyphens) and shortcodes to emojibase's entries; skin tones map to
+    their base emoji."""
     entries = json.loads((npm / "emojibase-data/en/data.json").read_text())
     by_hex = {x["hexcode"]: x for x in entries}
     index = {}

@@ -41,10 +41,10 @@ def square(axis, x, y, colour, width=0.36, height=0.6):
 
 
 def encoder(axis, left, title, first, deeper, ends, alternatives=False):
-    """A stack of layers; each holds its tokens, the prompts among them in colour.
+    """A stack of layers; each holds its tokens, with the prompts in colour.
 
     ends: how many frozen tokens follow the prompts. alternatives: the prompts are not side by side,
-    but each in a text of its own.
+    but each in a separate text.
     """
     for row, y in ROWS.items():
         axis.add_patch(FancyBboxPatch((left, y), 2.1, 0.76, facecolor=FROZEN, edgecolor="none",
@@ -86,7 +86,7 @@ def links(axis, name):
 
 
 def sharing(axis, name, bars):
-    """Four tasks, and over them a bar per prompt that spans the tasks which share it."""
+    """Four tasks, and above them a bar per prompt that spans the tasks which share it."""
     left, step = 1.0, 0.85
     for task in range(4):
         x = left + step * task

@@ -1,13 +1,13 @@
-"""Build the `emoji` benchmark: the emoji that four free sets all draw, sorted into classes a person
-would name.
+"""Build the `emoji` benchmark: the emoji that all four of its free sets draw, sorted into classes
+that a person would name.
 
     npm install --prefix /tmp/npm @iconify/json@2.2.535 emojibase-data@17.0.0
     pip install resvg-py
     python data/build/make_emoji.py --npm /tmp/npm      # data/emoji/, data/contact_sheet.png
 
-A task is a drawing style and has one picture: all its drawings, 64 x 64 pixels each, 40 per row, in
-the order of `classes.json`, the same in all four. Emoji number i is thus the tile in row i // 40,
-column i % 40, of every style.
+A task is a drawing style and is stored as one image: all its drawings, 64 x 64 pixels each, 40 per
+row, in the order of `classes.json`, the same in all four. So emoji number i is the tile in row
+i // 40, column i % 40, of every style.
 """
 
 import argparse
@@ -30,9 +30,9 @@ STYLES = {
     "High Contrast": "fluent-emoji-high-contrast",
 }
 
-# class name: Unicode subgroups (behind "+") and single emoji labels; "-" takes a label out of the
-# subgroups. Variants of a person that differ in gender only are near copies, so the classes of
-# people take the neutral one alone.
+# class name: Unicode subgroups (after "+") and single emoji labels; "-" removes labels from the
+# subgroups. Variants of a person that differ only in gender are near copies, so the classes of
+# people use only the neutral one.
 CLASSES = {
     "smiling face":
         "+face-smiling +face-affection, face savoring food, face with tongue,"
@@ -199,7 +199,7 @@ def select(rule, by_label, by_subgroup):
 
 
 def save_sheet(svgs, file):
-    """Draw SVGs into one picture, in their order."""
+    """Draw SVGs into one image, in order."""
     sheet = np.full((-(-len(svgs) // COLUMNS) * SIZE, COLUMNS * SIZE, 3), 255, np.uint8)
     for i, svg in enumerate(svgs):
         row, column = i // COLUMNS * SIZE, i % COLUMNS * SIZE
@@ -217,7 +217,7 @@ def save_classes(classes, file):
 
 
 def contact_sheet(classes):
-    """A picture of 16 classes, a column each, in the four styles, a row each."""
+    """A picture of 16 classes, one per column, in the four styles, one per row."""
     shown = list(classes)[::3][:16]
     sheet = Image.new("RGB", (120 + 70 * len(shown), 30 + 70 * len(STYLES)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

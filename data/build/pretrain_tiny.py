@@ -5,17 +5,17 @@
         --state /tmp/tiny/state.pt --minutes 100
     python data/build/pretrain_tiny.py ... --minutes 0 --export data/tiny_clip.pt
 
-The first line trains, saves its state every few minutes and takes it up again when run again with
-the same flags. The learning rate follows the clock (warm-up, then a cosine over `--minutes`,
-counted over all runs), so the length of the training is known beforehand. The second writes the
+The first command trains, saves its state every few minutes and continues from it when run again
+with the same flags. The learning rate follows the clock (warm-up, then a cosine over `--minutes`,
+counted over all runs), so the training time is known in advance. The second command writes the
 averaged weights in half precision, the format that `clip.load(path)` reads.
 
-A step takes `CONCEPTS` concepts and two drawings of each, in different sets where there are two,
-under one caption: the two styles meet at one text, and the text encoder does half the work.
-Captions are of every length, so that a name is seen at every text position that learned prompts
-will push it to. Beside CLIP's contrastive loss, both encoders are pulled to one learned anchor a
-concept, told apart from all other concepts' and not only from those in the batch; the anchors are
-thrown away at the end. Memory grows by about 0.1 GB a minute and starts afresh with every run.
+A step takes `CONCEPTS` concepts and two drawings of each, from different sets if there are two,
+with one caption: both styles are matched to the same text, and the text encoder does half the work.
+Captions vary in length, so that a name is seen at every text position that learned prompts will
+push it to. Besides CLIP's contrastive loss, both encoders are pulled towards one learned anchor per
+concept and away from those of all other concepts, not only those in the batch; the anchors are
+discarded at the end. Memory grows by about 0.1 GB a minute and is freed when a run ends.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 CONCEPTS, VIEWS, EMOJI_SHARE = 96, 2, 0.65
 ANCHOR_SCALE = 20.0
 LR, WEIGHT_DECAY, WARMUP, EMA = 1e-3, 0.1, 0.05, 0.998
-# no long captions in the first SHORT_ONLY of the training: a start on them alone stays at chance
+# no long captions in the first SHORT_ONLY of the training: starting with only them stays at chance
 LONG_EVERY, SHORT_ONLY = 2, 0.12
-LENGTHS = (20, 60)  # two text lengths only: every new shape costs memory that is never given back
+LENGTHS = (20, 60)  # two text lengths only: every new shape costs memory that is never freed
 TEMPLATES = [
     "{}",
     "a {}",
@@ -86,7 +86,7 @@ def build(seed):
 
 
 def encode_text(model, tokens):
-    """Text features [B, D] of tokens [B, T], T below the 77 that `model.encode_text` asks for."""
+    """Text features [B, D] of tokens [B, T]; T may be below `model.encode_text`'s 77."""
     T = tokens.shape[1]
     mask = model.transformer.resblocks[0].attn_mask[:T, :T]
     x = (model.token_embedding(tokens) + model.positional_embedding[:T]).transpose(0, 1)
@@ -100,8 +100,8 @@ def encode_text(model, tokens):
 
 @functools.cache
 def clip_words():
-    """Every whole word of CLIP's vocabulary. Most are never named otherwise, so they stay as vague
-    as a prompt's random vectors."""
+    """The longer words of CLIP's vocabulary. Most occur nowhere else in the training, so they stay
+    as meaningless as a prompt's random vectors."""
     import clip
 
     return [
@@ -112,8 +112,8 @@ def clip_words():
 
 
 def caption(concept, vocabulary, rng, long):
-    """A caption of a concept: its label, keywords or subgroup, alone or together, behind filler of
-    any length when `long`."""
+    """A caption of a concept: its label, tags or subgroup, alone or together, after filler of any
+    length if `long`."""
     parts = (
         [concept["label"]]
         + rng.sample(concept["tags"], min(len(concept["tags"]), 3))
@@ -145,7 +145,7 @@ def tokenize(texts, length):
     tokenizer = clip.clip._tokenizer
     rows = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(rows, texts):
-        ids = tokenizer.encode(text)[-(length - 2) :]  # the name stands at the end: cut the filler
+        ids = tokenizer.encode(text)[-(length - 2) :]  # the name is at the end: cut the filler
         row[: len(ids) + 2] = torch.tensor(
             [tokenizer.encoder["<|startoftext|>"], *ids, tokenizer.encoder["<|endoftext|>"]]
         )
@@ -153,8 +153,8 @@ def tokenize(texts, length):
 
 
 def augment(images, generator, train=True):
-    """uint8 [B, 64, 64, 3] -> float [B, 3, 48, 48] in CLIP's normalisation; in training with random
-    geometry and colour."""
+    """uint8 [B, 64, 64, 3] -> float [B, 3, 48, 48] with CLIP's normalisation; in training, with
+    random geometry and colour."""
     x = images.permute(0, 3, 1, 2).float() / 255
     B = len(x)
     rand = functools.partial(torch.rand, generator=generator)
@@ -205,11 +205,10 @@ def augment(images, generator, train=True):
 
 
 def held_out_score(model, data):
-    """(zero-shot accuracy, the points that a linear probe gains on it), in %, on the held-out
-    style's subgroups.
+    """(zero-shot accuracy, a linear probe's gain on it), in %, on the held-out style's subgroups.
 
-    The probe starts at the text classifier and trains on a tenth of the drawings: what prompt
-    learning can hope for.
+    The probe starts at the text classifier and trains on a tenth of the drawings: an estimate of
+    what prompt learning can gain.
     """
     groups = np.array([data["concepts"][c]["group"] for c in data["concept"]])
     which = np.flatnonzero(data["held_out"])
@@ -264,7 +263,7 @@ def main():
         "--state", type=Path, required=True, help="checkpoint to continue from and to write"
     )
     parser.add_argument(
-        "--minutes", type=float, default=100, help="the whole training, over all runs"
+        "--minutes", type=float, default=100, help="total training time, over all runs"
     )
     parser.add_argument(
         "--from-minute",
@@ -277,7 +276,7 @@ def main():
         "--score-minutes",
         type=float,
         default=5,
-        help="minutes between two scores, each with a save",
+        help="minutes between scores; the state is saved at each",
     )
     parser.add_argument(
         "--export", type=Path, help="write the averaged weights here, in half precision"
@@ -334,7 +333,7 @@ def main():
             x, t = model.encode_image(images), encode_text(model, tokens)
         x, t = F.normalize(x.float(), dim=-1), F.normalize(t.float(), dim=-1)
         logits = model.logit_scale.exp() * x @ t.t()  # [concepts * views, concepts]
-        target = same / same.sum(1, keepdim=True)  # equal captions are all right
+        target = same / same.sum(1, keepdim=True)  # equal captions are all correct
         rows = target.repeat_interleave(VIEWS, 0)
         columns = rows.t() / rows.t().sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.t(), columns)) / 2

@@ -985,7 +985,7 @@ class TrainArgs(DataArgs):
 
     epochs: Count = 5  # epochs of training
     lr: Rate = 0.0035  # learning rate
-    warm_up: Annotated[int, AtLeast(0)] = 0  # how many epochs start at CoOp's rate of 1e-5
+    warm_up: Annotated[int, AtLeast(0)] = 0  # number of first epochs at CoOp's rate of 1e-5
     batch_size: Count = 16  # images per task in a step; with --batches mixed, images in a step
     # a batch from every task, or from the shuffled union of the tasks
     batches: Literal["tasks", "mixed"] = "tasks"

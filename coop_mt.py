@@ -220,7 +220,7 @@ def train(args, model, tasks, run):
 
 
 def classify(args, model, tasks, prompts):
-    """The tasks' text features; with CoCoOp a function, as each image has texts of its own."""
+    """The tasks' text features; with CoCoOp a function, as each image has its own texts."""
     texts = common.Texts(tasks, args.n_ctx)
 
     def text_features(x=None):

@@ -293,7 +293,7 @@ def neumann(hvp, v, steps, scale):
 
 
 def implicit_gradient(parameters, losses, dev_losses, phi, omega, steps, scale):
-    """The gradient of the development loss with respect to Omega, Eq. (10)-(11), as omega's shapes.
+    """The gradient of the development loss with respect to Omega, Eq. (10)-(11), in omega's shape.
 
     parameters: theta's tensors; losses, dev_losses: for each task a function that computes its loss
     on the training and on the development batch; phi [N]: a function of omega.

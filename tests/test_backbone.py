@@ -82,7 +82,7 @@ def test_pretraining_reads_short_texts_as_common_does(small):
 
 @pytest.mark.slow
 def test_two_minutes_of_pretraining_lower_the_loss_and_write_a_clip(tmp_path):
-    """On the benchmark's own drawings, which is not a way to make a backbone but a fair way to see the
+    """On the benchmark's own drawings, not a way to make a backbone but a fair way to see the
     script work."""
     classes = json.loads((DATA / "emoji" / "classes.json").read_text(encoding="utf-8"))
     concepts = [dict(key=code, label=label, tags=[name], group=name)

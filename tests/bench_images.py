@@ -1,14 +1,14 @@
-"""What an image costs on its way from a file to a tensor, beside Pillow's way.
+"""What it costs to turn an image file into a tensor, compared with Pillow.
 
     python tests/bench_images.py
     python tests/bench_images.py --images my/photographs
 
-JPEGs of 500x500 to 1200x900, made of two photographs that come with scikit-learn (or the images of
-a folder, as they are). Every stage is timed in both ways in turns, in one process with one thread,
-in processor time, so that other processes change the ratio little: the best of --repeats. Pillow's
-way is `Image.open`, `exif_transpose`, `convert("RGB")` and torchvision's transforms of PIL images,
-as in the clip package. Then what an epoch of two steps costs with two worker processes beyond its
-images.
+JPEGs of 500x500 to 1200x900, made from two photographs that come with scikit-learn (or the images
+of a folder, unchanged). At every stage the two ways are timed alternately, in one process with one
+thread, in CPU time, so that other processes hardly change the ratio; the best of --repeats counts.
+Pillow's way is `Image.open`, `exif_transpose`, `convert("RGB")` and torchvision's transforms of PIL
+images, as in the clip package. At the end: the overhead of an epoch of two steps with two worker
+processes, without the cost of its images.
 """
 import argparse
 import random
@@ -107,8 +107,8 @@ def seconds(work):
 
 
 def epoch_starts(files):
-    """Milliseconds of processor time that the first epoch and each later one cost beyond their
-    images, of this process and its two workers, with MEGABYTES of images in memory."""
+    """The overhead of the first epoch and of each later one, without the cost of their images: CPU
+    milliseconds of this process and its two workers, with MEGABYTES of images in memory."""
     pixels = data.images.read_pixels(files[0])
     images = data.Images(range(2), [0, 0])
     images.kept = {i: pixels[:, :8, :8].clone() for i in range(2)}
@@ -135,7 +135,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", help="a folder of images to take in place of the photographs")
+    parser.add_argument("--images", help="a folder of images to use instead of the photographs")
     parser.add_argument("--size", type=int, default=224, help="the backbone's image size")
     parser.add_argument("--repeats", type=int, default=5)
     words = parser.parse_args()

@@ -5,18 +5,18 @@
     python tests/bench_memory.py --tasks 20 --classes 5 --batch-size 32 --precision bf16
     python tests/bench_memory.py --real --tasks 2 --classes 10 --batch-size 2 --precision fp32
 
-The step runs on fake tensors, which have shapes and no numbers, and the bytes of all storages that
-are alive are added up: weights, prompts, optimizer, images, activations. ViT-B/16, RN50 for HiPro,
-fresh views, fused attention as on a GPU. One number of --classes: all tasks have these classes;
-several: one per task, and each task has its own. --batch-size: images per task, or in a step of
+The step runs on fake tensors, which have shapes but no values, and the bytes of all live storages
+are added up: weights, prompts, optimizer, images, activations. ViT-B/16, RN50 for HiPro, fresh
+views, fused attention as on a GPU. With one number in --classes, all tasks have the same classes;
+with one number per task, each task has its own. --batch-size: images per task, or per step with
 mixed batches (default: the method's).
 
-The peak is computed, not measured. What it leaves out: the CUDA context, the allocator's rounding,
-workspaces of kernels, and softmax in float32 under a GPU's autocast. "Fits" allows for that: 1.2
-times the peak and 0.5 GiB must go into 15, 23 or 79 GiB, which a GPU of 16, 24 or 80 GB leaves.
---real runs the same step on real CPU tensors, each in a process of its own, and prints by how much
-its resident memory exceeds the computed one (glibc is told to give every block back at once; with
-its heap as it is by default, freed blocks that stay in it would add up to 60%).
+The peak is computed, not measured. It leaves out the CUDA context, the allocator's rounding, kernel
+workspaces, and softmax in float32 under a GPU's autocast. "Fits" allows for these: 1.2 times the
+peak plus 0.5 GiB must fit into the 15, 23 or 79 GiB that are available on a GPU of 16, 24 or 80 GB.
+--real runs the same step on real CPU tensors, each in a separate process, and prints by how much
+its resident memory exceeds the computed one (glibc is set to return every block at once; by
+default, freed blocks that stay in its heap would add up to 60%).
 """
 import argparse
 import contextlib
@@ -40,7 +40,7 @@ from conftest import RN50, VIT_B16, random_clip  # noqa: E402
 
 import common  # noqa: E402
 
-# the step of a phase: the method, and the settings with which that phase comes first
+# the step of each phase: its method, and settings that make this phase the first
 STEPS = {
     "coop_mt": {},
     "vpt_mt": {},
@@ -51,16 +51,16 @@ STEPS = {
     "mmap grouping": {},
     "mmap": dict(grouping="random"),
     "jscpt": {},
-    "jscpt upper": dict(terms=1),       # a further Hessian product needs no more
+    "jscpt upper": dict(terms=1),       # more Hessian products need no more memory
 }
-CARDS = {16: 15, 24: 23, 80: 79}        # GB on the label: GiB that a process can have
+CARDS = {16: 15, 24: 23, 80: 79}        # nominal GB: GiB available to a process
 
 
 class Memory(TorchDispatchMode):
-    """The bytes of all storages made under it that are alive, `now`, and the most so far, `peak`.
+    """The bytes of all live storages made under this mode: `now`, and the maximum so far, `peak`.
 
-    Over a FakeTensorMode what code reads stays real: integers, booleans, and what is drawn from a
-    generator (a random tree).
+    On top of a FakeTensorMode, values that the code reads stay real: integers, booleans, and draws
+    from a generator (a random tree).
     """
 
     def __init__(self):
@@ -105,7 +105,7 @@ class Done(Exception):
 def prepared(name, shape, classes, batch_size=None, precision="fp32"):
     """A function that takes the step `name` of STEPS once.
 
-    shape: of the CLIP; classes: how many each task has, own ones where the numbers are several.
+    shape: of the CLIP; classes: how many each task has; if they differ, no two tasks share names.
     """
     method = common.load_method(name.split()[0])
     args = replace(method.Args(**STEPS[name]), device="cpu", views=0, workers=0)
@@ -120,14 +120,14 @@ def prepared(name, shape, classes, batch_size=None, precision="fp32"):
     N, size = len(tasks), model.visual.input_resolution
 
     def batch():
-        """(images, labels, task): a batch of every task, or of the tasks together."""
+        """(images, labels, task): a batch per task, or one mixed batch."""
         task = torch.arange(N).repeat_interleave(args.batch_size)
         if args.batches == "mixed":
             task = torch.arange(args.batch_size) % N
         return torch.randn(len(task), 3, size, size), torch.zeros_like(task), task
 
     def step():
-        """`train` until its first step is over."""
+        """Run `train` until its first step is done."""
         with (
             mock.patch.object(common, "batches", batches),
             contextlib.redirect_stdout(io.StringIO()),
@@ -154,7 +154,7 @@ def computed(name, shape, classes, batch_size=None, precision="fp32"):
         mock.patch.object(torch.nn.Module, "_apply", lambda module, *_: module),
         FakeTensorMode(allow_non_fake_inputs=True),
         Memory() as memory,
-    ):      # fake parameters cannot be moved; they are float32 on the CPU already
+    ):      # fake parameters cannot be moved; they are already float32 on the CPU
         step = prepared(name, shape, classes, batch_size, precision)
         weights = memory.now
         step()
@@ -181,7 +181,7 @@ def main():
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     words = parser.parse_args()
     classes = words.classes if len(words.classes) > 1 else words.classes * words.tasks
-    if words.step:                      # a process of its own for the memory of real tensors
+    if words.step:                      # in a separate process, for the memory of real tensors
         step = prepared(words.step, shape_of(words.step), classes, words.batch_size,
                         words.precision[0])
         print(megabytes("cpu", step))

@@ -4,15 +4,15 @@
     python tests/bench_speed.py --method coop_mt mmap --step-only --classes 65 345 1000
     python tests/bench_speed.py --method coop_mt mmap --step-only --tasks 4 10 20
 
-Random weights of the size of ViT-B/16 (or --clip tiny), 4 tasks of Office-Home's 65 class names, 4
-images per task on a CPU and 16 on a GPU. A row per method: milliseconds of a training step, images
-per second in an evaluation, the memory that a step adds to the model's, and each as a ratio to its
-floor. The floor is the `clip` package's own layers over as many rows of as many tokens as the
-method's encoders were given, prompts counted and nothing shared, in the same process and in turns
-with it: forward, and backward to the input of the first layer where the method trains through that
-encoder; of an evaluation, forward. The best of --repeats, in processor time on a CPU, so that other
-processes do not change the ratio. Text-only methods are given image features, as the fixed views of
-`--views` give them. On a CPU the memory is the peak of a process of its own.
+A ViT-B/16 with random weights (or --clip tiny), 4 tasks of Office-Home's 65 class names, 4 images
+per task on a CPU and 16 on a GPU. One row per method: milliseconds per training step, images per
+second in an evaluation, the memory that a step adds to the model's, and each as a ratio to its
+floor. The floor is the `clip` package's own layers on as many rows and tokens as the method's
+encoders get, with prompts counted and nothing shared, measured alternately in the same process:
+forward, and for a training step also backward to the input of the first layer where the method
+trains through that encoder. The best of --repeats counts, in CPU time on a CPU, so that other
+processes do not affect the ratio. Text-only methods get image features, as with fixed views
+(`--views`). On a CPU the memory is the peak of a separate process.
 """
 import argparse
 import copy
@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 import common  # noqa: E402
 
 ALONE = ["cocoop", "proda"]                     # of coop_mt.py, trained on one task
-FROZEN = {"coop_mt", "hipro", *ALONE}           # the image encoder is not trained through
+FROZEN = {"coop_mt", "hipro", *ALONE}           # no gradients pass through the image encoder
 ONE_PHASE = dict(
     cocoop=dict(conditional=True, single_task=True),
     proda=dict(proda=2, single_task=True),
@@ -48,7 +48,7 @@ NAMES = ROOT / "data" / "class_names" / "officehome.txt"
 
 
 def tasks_of(model, n_tasks, n_classes, batch):
-    """Tasks of the same classes, whose images are in memory."""
+    """Tasks with the same classes and with images in memory."""
     lines = NAMES.read_text(encoding="utf-8").splitlines()
     names = [line.split("\t")[-1] for line in lines if line]
     names = [f"{names[i % 65]}{f' {i // 65}' * (i >= 65)}" for i in range(n_classes)]
@@ -79,7 +79,7 @@ class OneEpoch(Phases):
 
 
 def clock(device):
-    """Seconds: the processor's on a CPU, the wall's on a GPU that has finished its work."""
+    """Seconds: CPU time on a CPU; on a GPU, wall time once it has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -87,7 +87,7 @@ def clock(device):
 
 
 class Bench:
-    """A method's training step: `train` runs on one batch that is given again and again."""
+    """A method's training step: `train` runs on one batch again and again."""
 
     def __init__(self, words, name, n_tasks, n_classes):
         common.seed_everything(1)
@@ -109,7 +109,7 @@ class Bench:
         self.images = images.to(words.device)
 
     def train(self, steps, between=None):
-        """`train` for some steps; returns (the trained prompts, the seconds of each step)."""
+        """Run `train` for some steps: (the trained prompts, the seconds of each step)."""
         seconds = []
 
         def batches(*_, **__):
@@ -125,13 +125,14 @@ class Bench:
         return prompts, seconds
 
     def evaluate(self, prompts):
-        """Score all tasks; pixels are in memory, the features of a new copy of the model not."""
+        """Score all tasks; pixels are cached, features are not, since the model is a new copy."""
         model = copy.copy(self.model)
         how = self.method.classify(self.args, model, self.tasks, prompts)
         return common.evaluate(self.args, model, self.tasks, **how)
 
     def passes(self, function):
-        """The encoders' work in function(): (kind, rows, tokens, whether gradients go back)."""
+        """The encoders' work in function(): (kind, rows, tokens, whether it has a backward pass).
+        """
         seen, text, image = [], common.encode_text, common.encode_image
 
         def trained(prompts):
@@ -154,7 +155,7 @@ class Bench:
 
 
 def floor_of(model, seen):
-    """As many rows of as many tokens through the package's own layers."""
+    """The same numbers of rows and tokens through the package's own layers."""
     device, jobs = model.logit_scale.device, []
     for kind, rows, tokens, trained in seen:
         part = model.transformer if kind == "text" else model.visual.transformer
@@ -182,7 +183,7 @@ def floor_of(model, seen):
 
 
 def megabytes(device, function):
-    """What function() adds to the memory at its peak."""
+    """How much function() adds to the peak memory."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -190,12 +191,12 @@ def megabytes(device, function):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
-        return float("nan")  # only Linux tells
+        return float("nan")  # only on Linux
 
     def peak():
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
 
-    clear.write_text("5")  # the peak starts again at what is in use now
+    clear.write_text("5")  # reset the peak to the memory now in use
     before = peak()
     function()
     return peak() - before
@@ -209,7 +210,7 @@ def row_of(words, name, n_tasks, n_classes):
     call += ["--tasks", str(n_tasks), "--classes", str(n_classes), "--peak"]
 
     def peak(rows):
-        """The megabytes of a process of its own: of a step, or of the floor's rows."""
+        """The megabytes in a separate process: of a step, or of the floor's rows."""
         done = subprocess.run([*call, json.dumps(rows)], stdout=subprocess.PIPE, text=True,
                               check=True)
         return float(done.stdout.split()[-1])
@@ -265,15 +266,15 @@ def main():
     parser.add_argument("--step-only", action="store_true", help="time and memory, no ratios")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     words = parser.parse_args()
-    if words.peak:  # a process of its own for the memory: of a step, or of the floor's rows
+    if words.peak:  # in a separate process: the memory of a step, or of the floor's rows
         bench = Bench(words, words.method[0], words.tasks[0], words.classes[0])
         seen = json.loads(words.peak)
         work = floor_of(bench.model, seen) if seen else lambda: bench.train(1)
         print(megabytes(words.device, work))
         return
     print(f"{words.clip}, random weights, {words.device}, {torch.get_num_threads()} threads\n")
-    print(f"{'':10}{'tasks':>6}{'classes':>9}{'ms a step':>12}{'ratio':>8}{'images/s':>12}"
-          f"{'ratio':>8}{'MB a step':>12}{'ratio':>8}")
+    print(f"{'':10}{'tasks':>6}{'classes':>9}{'ms per step':>12}{'ratio':>8}{'images/s':>12}"
+          f"{'ratio':>8}{'MB per step':>12}{'ratio':>8}")
     for name in words.method:
         for n_tasks in [1] if name in ALONE else words.tasks:
             for n_classes in words.classes:

@@ -1,28 +1,28 @@
-"""Each paper's claim where it must hold if the mechanism works: tasks that are made to fit it.
+"""Test each paper's claim on tasks where it must hold if the mechanism works.
 
     python tests/claims.py mmap             # or hipro, mvlpt, jscpt-noise, jscpt-patch
     python tests/claims.py mmap --seeds 1 2 3 4 5 --out figures     # also mmap.json and claims.png
 
-The tasks are cut from the built-in benchmark: its four styles, the classes with the most drawings,
-6 training images per class unless said otherwise; scores are on all test drawings of these classes.
-Prints, for every quantity, its mean over the seeds and the standard error. What was found is in
+The tasks are parts of the built-in benchmark: its four styles, the classes with the most drawings,
+6 training images per class unless stated otherwise, scored on all test drawings of these classes.
+Prints the mean over the seeds and the standard error of every quantity. The results are in
 tests/RESULTS.md.
 
 mmap, hipro: two families of tasks whose gradients conflict. Family A is the four styles, family B
     the same drawings under class names that are shifted by one. The groups found must be the
-    families, and prompts shared in them beat those of one group or of random groups. MmAP's have no
-    task-specific prompts beside them, which would repair a wrong group.
+    families, and prompts shared within them must beat those of one group or of random groups. MmAP
+    has no task-specific prompts here, because they would make up for a wrong group.
 mvlpt: eight tasks, two styles by four namings: in each half of the classes the names are true or
     shifted by one. The more class names two tasks share, the better the prompt of one must transfer
     to the other: Spearman's rank correlation between the share and transferability.
-jscpt-noise: the training labels of one task are shuffled. Its weight phi must fall below the
-    others', and the others lose less with the schedule than without. The development set has right
-    labels: 4 images per class that are neither trained nor tested on (`--dev-shots 4`). 8 classes
-    and 12 images per class: of 4 classes, a quarter of the shuffled labels are right, and the
-    task's gradient then helps the development loss as often as not.
-jscpt-patch: on the training and development images of every class a patch in a colour of its own
-    gives the class away; no test image has one. The causal effect, Eq. (4), must rise more than
-    without the patches.
+jscpt-noise: the training labels of one task are shuffled. Its weight phi must fall below that of
+    the other tasks, and these must lose less with the schedule than without. The development set
+    has correct labels: 4 images per class that are neither trained nor tested on (`--dev-shots 4`).
+    8 classes with 12 images each, because with 4 classes a quarter of the shuffled labels are
+    correct, and the task's gradient helps the development loss as often as not.
+jscpt-patch: on all training and development images, a patch in a colour specific to the class gives
+    the class away; no test image has one. The causal effect, Eq. (4), must rise more than without
+    the patches.
 """
 import json
 import random
@@ -55,7 +55,7 @@ def largest_classes(n):
 
 
 def restricted(task, names):
-    """A task with some of its classes only."""
+    """A task restricted to some of its classes."""
     numbers = {task.class_names.index(name): k for k, name in enumerate(names)}
 
     def part(images):
@@ -83,9 +83,9 @@ def families(seed, n_classes=4):
 
 
 def sharing(seed, n_classes=8):
-    """(eight tasks, the share of class names that each two agree in).
+    """(eight tasks, the share of class names that each pair has in common).
 
-    Two styles, and in each half of the classes the true names or names that are shifted by one.
+    Two styles; in each half of the classes, the names are true or shifted by one.
     """
     names, half = largest_classes(n_classes), n_classes // 2
     halves = [(part, part[1:] + part[:1]) for part in (names[:half], names[half:])]
@@ -102,7 +102,7 @@ def sharing(seed, n_classes=8):
 
 
 def shuffled(task, seed):
-    """A task whose training labels mean nothing."""
+    """A task with shuffled training labels."""
     labels = list(task.train.labels)
     random.Random(seed).shuffle(labels)
     return replace(task, train=Images(task.train.items, labels, task.train.read))
@@ -124,7 +124,7 @@ def patched(task):
 # ---------------------------------------------------------------------------------------- training
 
 class Training(Phases):
-    """Stands in for a run: `rows` has the means of what each epoch logged."""
+    """Stands in for a Run; `rows` has the mean logged values of each epoch."""
 
     def __init__(self, seed):
         super().__init__(seed)
@@ -152,7 +152,7 @@ def settings(method, seed, **changes):
 
 
 def trained(name, seed, model, tasks, **changes):
-    """(scores and the method's own results, rows of epochs) of a method on tasks."""
+    """Train a method on tasks: (scores and the method's own results, rows of epochs)."""
     method, run = common.method_of(name), Training(seed)
     args = settings(method, seed, **changes)
     prompts = method.train(args, model, tasks, run)
@@ -167,7 +167,7 @@ def mean(scores, which=slice(None)):
 # ------------------------------------------------------------------- claims: seed -> {name: number}
 
 def mmap(seed, model):
-    """Accuracy by grouping, and 1 where the groups are the families."""
+    """Accuracy by grouping, and 1 if the groups are the families."""
     found = {}
     for grouping in ("gradient", "all", "random"):
         scores, _ = trained("mmap", seed, model, families(seed), grouping=grouping, specific=False)
@@ -181,7 +181,7 @@ def mmap(seed, model):
 
 
 def hipro(seed, model):
-    """Accuracy by tree, and 1 where the top split of the tree is the families."""
+    """Accuracy by tree, and 1 if the top split of the tree is the families."""
     found = {}
     for grouping in ("tree", "shared+individual", "random"):
         scores, _ = trained("hipro", seed, model, families(seed), grouping=grouping, epochs=30)
@@ -195,7 +195,7 @@ def hipro(seed, model):
 
 
 def mvlpt(seed, model):
-    """Spearman's rank correlation of what two tasks share with transferability."""
+    """Spearman's rank correlation between the names that two tasks share and transferability."""
     method, (tasks, shared) = common.load_method("mvlpt"), sharing(seed)
     args, run = settings(method.METHOD, seed, epochs=20, source="none"), Training(seed)
     prompts = method.build(args, model, tasks)
@@ -225,7 +225,8 @@ def spearman(x, y):
 
 
 def jscpt_noise(seed, model):
-    """phi of the task with shuffled labels and of the others; the others' accuracy."""
+    """phi of the task with shuffled labels and of the other tasks, and the accuracy of the latter.
+    """
     off = dict(prompt_schedule=False, task_schedule=False)
     method, own = common.load_method("jscpt"), dict(epochs=15, upper_every=3, dev_shots=4)
     tasks = styles(seed, 8, shots=12)
@@ -307,10 +308,10 @@ def plot(out):
 class Claim:
     """One controlled experiment."""
 
-    # which
+    # which experiment
     claim: tyro.conf.Positional[Literal["mmap", "hipro", "mvlpt", "jscpt-noise", "jscpt-patch"]]
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one experiment per seed
-    out: str | None = None  # folder for CLAIM.json, and claims.png of all in it
+    out: str | None = None  # folder for CLAIM.json, and for claims.png of all claims in it
 
 
 def main():

@@ -1,5 +1,5 @@
-"""Shared by the tests: the folder on the import path, small random CLIPs, images, commands as a
-user types them, and no network for any test."""
+"""Shared by the tests: the import path, small random CLIPs, images, commands as a user types them,
+and no network for any test."""
 import contextlib
 import hashlib
 import io
@@ -41,7 +41,7 @@ RESNET = dict(TINY, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_siz
 
 
 class Trap:
-    """An object that makes the file `trap` where it is unpickled."""
+    """An object that creates the file `trap` when it is unpickled."""
 
     def __reduce__(self):
         return open, ("trap", "w")
@@ -74,7 +74,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def random_pt(tmp_path_factory, small):
-    """The file of `small`, for --clip."""
+    """A checkpoint of `small`, for --clip."""
     path = tmp_path_factory.mktemp("clip") / "random.pt"
     torch.save(small.state_dict(), path)
     return path
@@ -87,13 +87,13 @@ def noise(number, size=32):
 
 
 def coloured(number, label, size=32):
-    """Noise in a colour of the class: something to learn."""
+    """Noise tinted with the colour of its class, so that there is something to learn."""
     colour = Image.new("RGB", (size, size), ["red", "green", "blue"][label])
     return Image.blend(noise(number, size), colour, 0.6)
 
 
 def make_tree(root, layout, size=24):
-    """Write images of noise: {"domain/class": count, ...} below root; no two are equal."""
+    """Write noise images below root, {"domain/class": count, ...}; no two are equal."""
     number = 0
     for folder, count in layout.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def make_tree(root, layout, size=24):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Your own data in miniature: 2 domains, 3 classes, 5 images each."""
+    """A user's own data in miniature: 2 domains, 3 classes, 5 images each."""
     folders = [f"{d}/{c}" for d in ("drawn", "painted") for c in ("Red_Ball", "cup", "hat")]
     return make_tree(tmp_path / "shapes", dict.fromkeys(folders, 5))
 
@@ -116,13 +116,13 @@ def rendered(lists, steps, size, seed, workers=0, **how):
 
 
 def table(text):
-    """{first cell: the others} of lines whose cells stand two blanks or more apart."""
+    """{first cell: the other cells} of each line; two or more blanks separate cells."""
     cells = [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
     return {name: rest for name, *rest in cells}
 
 
 def says(text, *words):
-    """A text that has all these words."""
+    """Assert that a text contains all these words."""
     assert [str(word) for word in words if str(word) not in text] == [], text
 
 
@@ -132,15 +132,15 @@ def counts(images):
 
 
 def edit(path, change):
-    """Change what a JSON file holds."""
+    """Change the content of a JSON file."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
 def make_cifar(root, patch, kind, meta, **parts):
-    """An archive of torchvision's CIFAR10 or CIFAR100 from the contents of its parts train and test
-    and of its file of names, which are known by their hashes."""
+    """Write torchvision's CIFAR10 or CIFAR100 archive from the contents of its train and test parts
+    and of its file of names; torchvision checks their hashes."""
     def write(name, content):
         path = root / kind.base_folder / name
         path.parent.mkdir(exist_ok=True)
@@ -167,16 +167,16 @@ def small_tasks(*names):
 # ---------------------------------------------------------------------------------------- commands
 
 OFFLINE = ROOT / "tests" / "offline"
-runpy.run_path(str(OFFLINE / "sitecustomize.py"))       # every test fails that opens a connection
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))       # a test that opens a connection fails
 
 
 def words_of(*words):
-    """The words of a command, which is one string, or of its words as they are."""
+    """The words of a command, given as one string or as separate words."""
     return shlex.split(words[0]) if len(words) == 1 else list(map(str, words))
 
 
 def run(*words):
-    """A command in this process, as a user types it: (exit code, what it printed, its stderr)."""
+    """Run a command in this process, as a user types it: (exit code, stdout, stderr)."""
     argv, out, err = words_of(*words), io.StringIO(), io.StringIO()
     name = argv[0].removesuffix(".py")
     common.Run.latest, code = None, 0
@@ -195,7 +195,7 @@ def here():
 
 
 def process_of(*words):
-    """A command as a process without network and GPU, for `subprocess`."""
+    """Arguments for `subprocess` that run a command without network or GPU."""
     script, *rest = words_of(*words)
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(OFFLINE))
     return dict(args=[sys.executable, str(ROOT / script), *rest], env=env, text=True,
@@ -203,7 +203,7 @@ def process_of(*words):
 
 
 def run_script(*words, cwd=ROOT, timeout=280, **how):
-    """A command as a process that has ended."""
+    """Run a command as a process until it ends."""
     return subprocess.run(**process_of(*words), cwd=cwd, timeout=timeout, **how)
 
 
@@ -213,7 +213,7 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed(before, nth=1):
-    """Kill what runs inside when it is about to write a file of this name for the nth time."""
+    """Kill the code inside when it is about to write a file of this name for the nth time."""
     replace, names = os.replace, []
 
     def stop(part, path):
@@ -227,7 +227,7 @@ def killed(before, nth=1):
 
 
 def numbers(folder):
-    """result.json without the clock, and without how and where the run was started."""
+    """result.json without times, and without how and where the run was started."""
     result = json.loads((folder / "result.json").read_text())
     result.pop("seconds")
     for key in ("out", "resume", "root"):
@@ -236,9 +236,9 @@ def numbers(folder):
 
 
 class Phases:
-    """Stands in for a run where a test calls `train` itself: nothing is written.
+    """Stands in for a Run in tests that call `train` directly; nothing is written.
 
-    logged: what `log` was given in each step; steps: the same by phase; parts: those of each phase.
+    logged: the values of each step; steps: the same by phase; parts: the parts of each phase.
     """
 
     def __init__(self, seed="test"):

@@ -1,5 +1,5 @@
 """The shipped backbone and benchmark: what they are, that there is something to learn, and that
-they can be made again."""
+they can be rebuilt."""
 import importlib
 import json
 import os
@@ -44,7 +44,7 @@ def test_what_ships_stays_under_30_mb_and_names_its_licences():
     assert all(owner in text for owner in owners.split(", "))
 
 
-def test_no_test_style_nor_another_edition_of_one_was_pretrained_on():
+def test_no_test_style_was_pretrained_on_in_any_edition():
     collect, make = script("collect_drawings"), script("make_emoji")
     learned = set(collect.EMOJI_SETS + collect.ICON_SETS)
     assert not learned & set(make.STYLES.values()) and collect.HELD_OUT not in learned
@@ -52,8 +52,8 @@ def test_no_test_style_nor_another_edition_of_one_was_pretrained_on():
 
 
 def test_zero_shot_is_far_above_chance_and_a_linear_probe_gains(tiny):
-    """So there is something to learn: by one linear classifier for all styles on the frozen
-    features, started at the zero-shot one. Chance is under 2."""
+    """So there is something to learn. The probe is one linear classifier for all styles on frozen
+    features, initialised with the zero-shot one. Chance is under 2%."""
     model, tasks = tiny[0], common.load_tasks("emoji", shots=3, seed=3)
     for task in tasks:
         task.test = task.test.subset(range(0, len(task.test), 4))
@@ -82,8 +82,8 @@ def test_pretraining_reads_short_texts_as_common_does(small):
 
 @pytest.mark.slow
 def test_two_minutes_of_pretraining_lower_the_loss_and_write_a_clip(tmp_path):
-    """On the benchmark's own drawings, not a way to make a backbone but a fair way to see the
-    script work."""
+    """On the benchmark's own drawings: not the way to make a backbone, but enough to test the
+    script."""
     classes = json.loads((DATA / "emoji" / "classes.json").read_text(encoding="utf-8"))
     concepts = [dict(key=code, label=label, tags=[name], group=name)
                 for name, members in classes.items() for code, label in members]
@@ -111,6 +111,6 @@ def test_two_minutes_of_pretraining_lower_the_loss_and_write_a_clip(tmp_path):
     printed = pretrained("--minutes", 2, "--score-minutes", 0.4)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < losses[0] - 0.03, losses
-    pretrained("--minutes", 0, "--export", tmp_path / "clip.pt")    # takes up the state alone
+    pretrained("--minutes", 0, "--export", tmp_path / "clip.pt")    # from the saved state alone
     model, _ = common.load_clip(str(tmp_path / "clip.pt"))
     assert common.encode_text(model, common.tokenize(["cup"])).shape == (1, 192)

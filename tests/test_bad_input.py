@@ -1,5 +1,5 @@
-"""A user's mistakes: one line on stderr with the culprit and the remedy, exit code 2, not a byte
-written or lost."""
+"""User mistakes: one line on stderr with the cause and the remedy, exit code 2, and nothing written
+or lost."""
 
 import io
 import json
@@ -22,18 +22,18 @@ import common
 COOP, MMAP = (common.load_method(name).METHOD for name in ("coop_mt", "mmap"))
 CLASSES = ("Red_Ball", "cup", "hat")
 SHAPES = {f"{domain}/{name}": 5 for domain in ("drawn", "painted") for name in CLASSES}
-# Python does not show the others
+# Python does not show the ignored ones by default
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning",
     "ignore::ImportWarning", "ignore::ResourceWarning")
 
-# the words of the smallest training
+# the flags of the smallest training run
 SMALL = "--data shapes --clip random.pt --shots 2 --epochs 1 --n-ctx 2 --device cpu"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The folder in which the words of the table are said, with all that they speak of."""
+    """The folder in which the table's commands run, with all files that they name."""
     place, few = tmp_path_factory.mktemp("place"), dict.fromkeys(SHAPES, 2)
     torch.save(random_clip(**TINY).state_dict(), place / "random.pt")
     torch.save(random_clip(**RESNET).state_dict(), place / "resnet.pt")
@@ -70,8 +70,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def refused(here, tmp_path_factory, monkeypatch):
-    """Say words in a folder and see them rejected by one line with all of `says`, its parts in
-    order, and nothing changed."""
+    """Check that a command in a folder is rejected with one line that has all parts of `says` in
+    order, and that nothing changes."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
 
     def call(folder, script, words, says):
@@ -85,8 +85,8 @@ def refused(here, tmp_path_factory, monkeypatch):
 
 
 def is_refusal(script, code, out, err, says):
-    """One line, or tyro's box where it rejects a flag or its value, and exit code 2."""
-    out = re.sub("^.* tasks?, .* -> .*\n(.*: epoch .*\n)*", "", out)         # a run that had begun
+    """One line, or tyro's box if it rejects a flag or its value, and exit code 2."""
+    out = re.sub("^.* tasks?, .* -> .*\n(.*: epoch .*\n)*", "", out)        # a run that has started
     assert code == 2 and not out and "Traceback" not in err, err
     if "For full helptext" in err:
         assert f"{script}.py" in err
@@ -97,13 +97,13 @@ def is_refusal(script, code, out, err, says):
 
 
 def contents(folder):
-    """What is in a folder; of a backbone its size."""
+    """The contents of a folder's files; for a backbone, its size."""
     sizes = {path: path.stat().st_size for path in folder.rglob("*")}
     return {path: path.read_bytes() if path.is_file() and size < 10**6 else size
             for path, size in sizes.items()}
 
 
-# script, words, what the line says
+# script, flags, what the line says
 DATA = [
     ("coop_mt", "--data officehom --split 0.1", "--data officehom ... did you mean 'officehome'?"),
     ("coop_mt", "--data emojy", "--data emojy ... did you mean 'emoji'?"),
@@ -136,7 +136,7 @@ DATA = [
     ("coop_mt", "--data shapes", "shapes needs --split, such as --split 0.1 ... --shots 4"),
     ("coop_mt", f"{SMALL} --data spoilt --shots 1", "painted/cup/ ... cannot be decoded"),
     ("coop_mt", f"{SMALL} --shots 1 --data '90 words'", "a b a b ... 77 text positions: give the"),
-    # these fit behind two context vectors, and not behind zero-shot CLIP's "a photo of a"
+    # these fit after two context vectors, but not after zero-shot CLIP's "a photo of a"
     ("coop_mt", f"{SMALL} --shots 1 --data '72 words'", "'a photo of a a b ... give the class a"),
     ("coop_mt", f"{SMALL} --data 'one class' --shots 1 --validate", "--validate finds no image of"),
     ("common", "probe --data 'one class' --shots 1", "drawn has fewer than 2 classes"),
@@ -264,7 +264,7 @@ RUNS = [
     *[(script, "--eval run/prompts.pt", "holds prompts of coop_mt ... use coop_mt.py --eval")
       for script in ("vpt_mt", "maple_mt", "mmap", "hipro", "jscpt")],
     ("common", "finetune --eval run/prompts.pt", "holds prompts of coop_mt, not of finetune"),
-    # other test images than those of the training
+    # test images other than those of the training run
     ("coop_mt", "--eval run/prompts.pt --split 0.2", "(seed 1) were trained on ... test images"),
     ("coop_mt", "--eval run/prompts.pt --shots 1", "(seed 1) were trained on ... test images"),
     ("coop_mt", "--eval run/prompts.pt --data a=shapes/drawn", "trained on ... test images of a"),
@@ -309,14 +309,14 @@ TABLE = DATA + NUMBERS + FLAGS + METHODS + RUNS + MVLPT
 
 
 @pytest.mark.parametrize("script, words, says", TABLE, ids=[row[1][-60:] for row in TABLE])
-def test_a_mistake_is_one_line_and_changes_nothing(script, words, says, place, refused):
+def test_a_mistake_gives_one_line_and_changes_nothing(script, words, says, place, refused):
     refused(place, script, words, says)
 
 
 @pytest.mark.parametrize("script, words, says", [
     ("mmap", "--grouping colour", "'--grouping'. Expected one of"),
     ("common", "finetune --ratio 0.5 --out run", "--ratio are for --train adapter")])
-def test_a_mistake_is_one_line_in_a_process_of_its_own(script, words, says, tmp_path):
+def test_a_mistake_gives_one_line_in_a_separate_process(script, words, says, tmp_path):
     done = run_script(f"{script}.py", *words.split(), cwd=tmp_path)
     is_refusal(script, done.returncode, done.stdout, done.stderr, says)
     assert not contents(tmp_path)
@@ -386,7 +386,7 @@ def test_a_damaged_file_is_named_and_runs_no_code(file, script, words, kind, run
 
 @READ_BY
 def test_a_file_with_values_of_another_shape_is_named(file, script, words, runs, here, monkeypatch):
-    """A saved prompt of another width, settings and results of other types."""
+    """A saved prompt with another width, settings and results with other types."""
     monkeypatch.chdir(runs)
     path, wrong = runs / file, {"vectors": torch.zeros(1, 2, 5)}
     if path.suffix == ".json":
@@ -403,13 +403,13 @@ def test_a_file_with_values_of_another_shape_is_named(file, script, words, runs,
 
 @pytest.mark.parametrize("key, value", [
     ("seeds", None), ("views", []), ("precision", "fp8"), ("surgery", 3), ("epochs", 2.5)])
-def test_a_saved_setting_that_no_flag_takes_is_named(key, value, runs, refused):
+def test_a_saved_setting_that_no_flag_accepts_is_named(key, value, runs, refused):
     path = runs / "stopped" / "settings.json"
     path.write_text(json.dumps(dict(json.loads(path.read_text()), **{key: value})))
     refused(runs, "coop_mt", "--resume --out stopped", f"stopped {UNUSABLE} ... {key}")
 
 
-def test_a_fault_in_drawing_is_not_a_damaged_file(runs, here, monkeypatch):
+def test_an_error_while_plotting_is_not_a_damaged_file(runs, here, monkeypatch):
     line = f"coop_mt.py --resume --plot --out {runs}/run"
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="^a fault$"):
         patch.setattr(common, "plot_run", mock.Mock(side_effect=ValueError("a fault")))
@@ -439,8 +439,8 @@ def test_a_backbone_that_is_not_a_clip_is_named_and_runs_no_code(kind, place, tm
 @pytest.mark.parametrize("script, words", [
     ("coop_mt", "--resume --out stopped"), ("coop_mt", "--eval run/prompts.pt"),
     ("common", "predict run/prompts.pt x.png --task drawn")])
-def test_a_backbone_that_has_moved_is_known_by_its_content(script, words, place, runs, here,
-                                                           refused):
+def test_a_backbone_that_has_moved_is_recognised_by_its_content(script, words, place, runs, here,
+                                                                refused):
     edit(runs / "stopped" / "settings.json", lambda settings: settings.update(clip="/gone.pt"))
     saved = torch.load(runs / "run" / "prompts.pt", weights_only=True)
     saved["settings"]["clip"] = "/gone.pt"
@@ -486,8 +486,8 @@ def test_a_table_replaces_its_own_files_and_no_others(name, place, runs, here, r
     assert (runs / "out" / "parameters.png").exists()
 
 
-def test_of_two_runs_that_begin_in_one_folder_one_is_rejected(place, tmp_path, monkeypatch):
-    """The other's settings come between the check and the first write."""
+def test_one_of_two_runs_that_start_in_the_same_folder_is_rejected(place, tmp_path, monkeypatch):
+    """The other run's settings appear between the check and the first write."""
     monkeypatch.chdir(place)
     out = tmp_path / "run"
 
@@ -529,9 +529,9 @@ def test_an_undecodable_image_of_the_second_seed_is_found_before_the_first_train
     refused(tmp_path, "coop_mt", words, f"{path} cannot be decoded")
 
 
-def test_data_that_changed_since_a_run_was_stopped_are_noticed(place, tmp_path, here, refused,
-                                                               monkeypatch):
-    """A renamed image gives another split of as many images. It goes on when it is back."""
+def test_data_that_changed_since_a_run_was_stopped_is_noticed(place, tmp_path, here, refused,
+                                                              monkeypatch):
+    """A renamed image gives another split of the same size. The run resumes once it is back."""
     images = shutil.copytree(place / "shapes", tmp_path / "shapes") / "drawn" / "cup"
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -547,7 +547,7 @@ def test_data_that_changed_since_a_run_was_stopped_are_noticed(place, tmp_path, 
     assert code == 0 and not err and "average" in out
 
 
-def test_a_training_that_diverges_says_so(place, tmp_path, here, monkeypatch):
+def test_a_training_run_that_diverges_says_so(place, tmp_path, here, monkeypatch):
     monkeypatch.chdir(place)
     code, _, err = here("coop_mt.py", *f"{SMALL} --lr 1e30 --epochs 3 --out {tmp_path}/a".split())
     assert code == 2 and "the training diverged in epoch" in err and err.count("\n") == 1
@@ -556,7 +556,7 @@ def test_a_training_that_diverges_says_so(place, tmp_path, here, monkeypatch):
         prompts = COOP.build(args, model, tasks)
         for _ in run.epochs("train", 1, prompts=prompts):
             run.log(loss=1.0)
-            prompts.vectors.data[0] = float("nan")          # an update behind the last finite loss
+            prompts.vectors.data[0] = float("nan")          # an update after the last finite loss
 
     with pytest.raises(common.UserError, match="diverged in epoch 1 .* use a smaller --lr"):
         common.main(replace(COOP, train=exploding), f"{SMALL} --out {tmp_path}/b".split())
@@ -566,7 +566,7 @@ def test_a_training_that_diverges_says_so(place, tmp_path, here, monkeypatch):
 # ------------------------------------------------------------------------ what is not a mistake
 
 
-def test_a_switch_may_be_said_again_or_off(place, monkeypatch, capsys):
+def test_a_switch_may_be_given_again_with_the_value_it_has(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     for word in ("--specific", "--no-validate", "--no-plot"):
         assert common.parse(MMAP, ["--resume", "--out", "grouped", word]).specific
@@ -574,7 +574,7 @@ def test_a_switch_may_be_said_again_or_off(place, monkeypatch, capsys):
     assert "average" in capsys.readouterr().out
 
 
-def test_a_prompt_that_tasks_share_serves_them_in_any_order(place, monkeypatch, capsys):
+def test_a_prompt_that_tasks_share_works_in_any_order_of_the_tasks(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     tables = []
     for data in ("shapes", "painted=shapes/painted,drawn=shapes/drawn"):
@@ -601,7 +601,7 @@ def test_saved_paths_are_absolute_and_a_run_is_scored_from_anywhere(place, tmp_p
     (f"&& {sys.executable} {ROOT}/common.py table ru\u0301n --out t\u00fc --plot", 0),
     ("| true", 141)])
 def test_names_that_an_ascii_locale_lacks_and_a_pipe_that_closes_early(then, code, place, tmp_path):
-    """As processes; the table that is written has the names as they are."""
+    """As processes; the written table keeps the names as they are."""
     shutil.copytree(place / "shapes" / "drawn", tmp_path / "gezeichnet \u00fc")
     words = f"{SMALL} --data '\u00fc=gezeichnet \u00fc' --clip {place}/random.pt --out ru\u0301n"
     line = f"set -o pipefail; {sys.executable} {ROOT}/coop_mt.py {words} {then}"

@@ -1,5 +1,5 @@
-"""The papers' benchmarks on disk: each real layout in miniature, read through the code path of the
-full dataset."""
+"""The papers' benchmarks on disk: each real layout in miniature, read by the same code as the full
+dataset."""
 
 import io
 import json
@@ -33,8 +33,8 @@ def items(images):
 
 
 def same_at_a_seed(data, root, **size):
-    """Same seed, same images; another seed, others; training and test images apart. Returns the
-    tasks of seed 1."""
+    """The same seed gives the same images, another seed others; training and test images do not
+    overlap. Returns the tasks of seed 1."""
     first, again, other = (load_tasks(data, seed=s, root=root, **size) for s in (1, 1, 2))
     for one, two, third in zip(first, again, other):
         assert items(one.train) == items(two.train) != items(third.train)
@@ -45,7 +45,7 @@ def same_at_a_seed(data, root, **size):
 
 
 def refused(data, root, *words, **size):
-    """The line with which a benchmark is refused has these words."""
+    """Check that a benchmark is rejected with a line that has these words."""
     with pytest.raises(UserError) as error:
         load_tasks(data, root=root, **(size or dict(shots=1)))
     assert str(error.value).isprintable()
@@ -58,7 +58,7 @@ CLASSES = {7: "The_Eiffel_Tower", 20: "alarm_clock", 327: "t-shirt"}
 
 
 def domainnet(folder, domains, lists, train=8, test=3):
-    """`train` and `test` images of each class; infograph has two more to train on."""
+    """`train` and `test` images of each class; infograph has two more training images."""
     for domain in domains:
         for part, count in (("train", train + 2 * (domain == "infograph")), ("test", test)):
             lines = [f"{domain}/{name}/{domain}_{part}_{label}_{i}.jpg {label}"
@@ -75,7 +75,7 @@ def without(path, words):
 
 @pytest.mark.parametrize("place, lists", [("domainnet", "splits"), (".", ".")],
                          ids=["Dassl's lists", "official flat lists in the root itself"])
-def test_domainnet_is_a_task_a_domain_with_its_own_test_images(tmp_path, place, lists):
+def test_domainnet_is_a_task_per_domain_with_its_own_test_images(tmp_path, place, lists):
     domainnet(tmp_path / place, ALL, lists)
     tasks = same_at_a_seed("domainnet", tmp_path, split=0.25)
     assert [t.name.lower() for t in tasks] == ALL
@@ -94,7 +94,7 @@ def test_domainnet_is_a_task_a_domain_with_its_own_test_images(tmp_path, place, 
 
 
 def test_minidomainnet_draws_from_both_lists_and_tests_on_the_rest(tmp_path, capsys):
-    """1% of 200 training and 78 test images a class is 3, and the other 275 are tested."""
+    """1% of 200 training and 78 test images per class is 3; the other 275 are test images."""
     domainnet(tmp_path / "domainnet", MINI, "splits_mini", 200, 78)
     tasks = same_at_a_seed("minidomainnet", tmp_path, split=0.01)
     assert [t.name.lower() for t in tasks] == MINI
@@ -125,7 +125,7 @@ def test_painting_has_no_t_shirt_to_train_on_as_published(tmp_path):
     refused("domainnet", tmp_path, line, lists / "real")
 
 
-def test_domainnet_that_is_not_whole_is_refused(tmp_path):
+def test_an_incomplete_domainnet_is_rejected(tmp_path):
     folder = domainnet(tmp_path / "domainnet", MINI, "splits_mini")
     lists, test = folder / "splits_mini", folder / "splits_mini/sketch_test.txt"
     (folder / "real/alarm_clock/real_test_20_1.jpg").unlink()
@@ -162,7 +162,8 @@ SIZES = dict(train=6, val=2, test=3)
 
 
 def coop(root, name):
-    """One of the nine datasets that have a split_zhou_*.json, of two classes; returns that file."""
+    """Write one of the nine datasets with a split_zhou_*.json, with two classes; returns that file.
+    """
     _, folder, split, _ = COOP[name]
     content = {part: [] for part in SIZES}
     for part, count in SIZES.items():
@@ -196,7 +197,7 @@ def imagenet(folder):
 
 
 @pytest.mark.parametrize("name", COOP)
-def test_a_dataset_of_coops_has_its_split_its_names_and_its_template(tmp_path, name):
+def test_a_dataset_of_coops_has_its_split_names_and_template(tmp_path, name):
     content = json.loads(coop(tmp_path, name).read_text())
     title, folder, _, template = COOP[name]
     [task] = same_at_a_seed(name, tmp_path, shots=2)
@@ -236,7 +237,7 @@ def test_imagenet_is_tested_on_its_validation_images(tmp_path, capsys):
     assert all(path.startswith(f"{val}/") for path in task.test.items)
     put(names, "n01440764 tench\nn01443537 tench\nn01484850 shark\n")
     [task] = load_tasks("imagenet", shots=2, root=tmp_path)
-    assert task.class_names == ["tench", "tench", "shark"]      # two of a name, as published
+    assert task.class_names == ["tench", "tench", "shark"]      # two with one name, as published
     assert counts(task.train) == [2, 2, 2]
     says(capsys.readouterr().err, "ImageNet has two classes called tench, as published",
          "the second of each pair can never be predicted")
@@ -249,7 +250,7 @@ def test_imagenet_is_tested_on_its_validation_images(tmp_path, capsys):
     refused("imagenet", tmp_path, names, "cannot be read")
 
 
-def test_coop10_and_coop11_are_all_of_them_and_a_list_joins_any(tmp_path):
+def test_coop10_and_coop11_are_all_of_them_and_a_list_combines_any(tmp_path):
     for name in COOP:
         coop(tmp_path, name)
     aircraft(tmp_path / "fgvc_aircraft")
@@ -265,7 +266,7 @@ def test_coop10_and_coop11_are_all_of_them_and_a_list_joins_any(tmp_path):
     assert [t.name for t in mixed] == ["DTD", "Clipart", "Painting", "Real", "Sketch", "EuroSAT"]
 
 
-def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
+def test_a_wrong_split_of_coops_is_rejected(tmp_path):
     split = coop(tmp_path, "dtd")
     edit(split, lambda s: s["test"].append(["gone.jpg", 0, "red ball"]))
     refused("dtd", tmp_path, split, "(1 of 23)", tmp_path / "dtd/images/gone.jpg", "unpack")
@@ -280,7 +281,7 @@ def test_a_split_of_coops_that_is_wrong_is_refused(tmp_path):
         refused("dtd", tmp_path, split, "not a split in CoOp's format")
 
 
-def test_lines_that_stand_twice_in_a_split_of_coops(tmp_path, capsys):
+def test_duplicate_lines_in_a_split_of_coops(tmp_path, capsys):
     split = coop(tmp_path, "dtd")
     edit(split, lambda s: s["train"].extend(s["train"][:2]))
     [task] = load_tasks("dtd", root=tmp_path)
@@ -293,7 +294,7 @@ def test_lines_that_stand_twice_in_a_split_of_coops(tmp_path, capsys):
     refused("dtd", tmp_path, split, "red_ball/train0.jpg twice", "with two labels")
 
 
-def test_a_link_in_another_part_of_a_split_is_refused(tmp_path):
+def test_a_link_in_another_part_of_a_split_is_rejected(tmp_path):
     split, folder = coop(tmp_path, "dtd"), tmp_path / "dtd/images"
     (folder / "link.jpg").symlink_to(folder / json.loads(split.read_text())["train"][0][0])
     edit(split, lambda s: s["val"].append(["link.jpg", 0, "red ball"]))
@@ -301,7 +302,7 @@ def test_a_link_in_another_part_of_a_split_is_refused(tmp_path):
 
 
 def dos(path):
-    """A list as Windows programs save it: a byte order mark, backslashes, two-byte line ends."""
+    """Rewrite a list as Windows programs save it: byte order mark, backslashes, CRLF line ends."""
     text = path.read_text()
     if "variant" not in path.name:
         text = text.replace("/", "\\\\" if path.suffix == ".json" else "\\")
@@ -338,8 +339,8 @@ def test_a_missing_dataset_says_what_belongs_where(tmp_path, name, file):
 
 
 # ------------------------------------------------------------ torchvision
-# Each makes a dataset in torchvision's layout, in which an image of class k has the grey 10 k;
-# returns its class names and the images per part.
+# Each writes a dataset in torchvision's layout, in which an image of class k has grey level 10 k;
+# returns its class names and the number of images per part.
 
 
 def grey(k):
@@ -401,7 +402,8 @@ def tv_food(root):
 
 
 def tv_dtd(root):
-    """Its validation part lacks a class; torchvision numbers the classes of each part by itself."""
+    """Its validation part lacks a class; torchvision numbers the classes of each part separately.
+    """
     for part, count in SIZES.items():
         classes = ["polka-dotted"] if part == "val" else ["polka-dotted", "banded"]
         paths = [f"{c}/{c}_{part}{i}.jpg" for c in classes for i in range(count)]
@@ -440,8 +442,8 @@ TORCHVISION = dict(
 
 @pytest.fixture(params=TORCHVISION)
 def official(request, tmp_path, monkeypatch):
-    """A dataset in torchvision's layout: (name, root, class names, images of each part)."""
-    # it knows the files of Flowers102 by their hashes
+    """A dataset in torchvision's layout: (name, root, class names, number of images per part)."""
+    # torchvision checks the hashes of Flowers102's files
     monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity",
                         lambda path, md5: os.path.isfile(path))
     return request.param, tmp_path, *TORCHVISION[request.param](tmp_path)
@@ -486,7 +488,7 @@ def test_damage_in_torchvisions_layout_is_named(official):
     refused(name, root, root, remedy, split=0.5)
 
 
-def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch):
+def test_download_lets_torchvision_fetch_what_is_missing(tmp_path, monkeypatch):
     fetch = "torchvision.datasets.dtd.download_and_extract_archive"
 
     def unreachable(*words, **more):
@@ -527,7 +529,7 @@ def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, 
     assert not capsys.readouterr().err                                          # nothing is missing
 
 
-def test_the_class_names_that_are_shipped_are_all_and_differ():
+def test_the_shipped_class_names_are_complete_and_distinct():
     published = dict(oxford_pets=37, stanford_cars=196, oxford_flowers=102, food101=101, dtd=47,
                      fgvc_aircraft=100, sun397=397, caltech101=101, ucf101=101, eurosat=10)
     for name, classes in published.items():
@@ -566,7 +568,7 @@ def test_check_counts_the_images_of_each_part_and_names_every_problem(here, tmp_
     assert code == 1 and out.endswith("none of them decoded: 1 problem\n")
 
 
-def test_check_says_the_first_problems_and_the_number_of_the_rest(here, tree):
+def test_check_lists_the_first_problems_and_counts_the_rest(here, tree):
     for path in list(tree.rglob("*.png"))[:12]:
         path.write_text(f"no image: {path}")
     code, out, _ = here("common.py", "check", "--data", tree)

@@ -32,7 +32,7 @@ def test_a_shuffled_task_keeps_its_images_and_the_number_of_each_label():
     assert statistics.mean(agree) < 0.6
 
 
-def test_a_patch_has_the_colour_of_its_class_and_is_on_training_images_alone():
+def test_a_patch_has_the_colour_of_its_class_and_is_only_on_training_images():
     [task, *_] = claims.styles(1, 4)
     patched = claims.patched(task)
     for i in range(len(task.train)):
@@ -51,7 +51,7 @@ def test_spearmans_correlation_by_hand():
     assert claims.spearman(x, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.894, abs=1e-3)
 
 
-def test_help_is_the_text_of_the_file_and_one_seed_has_no_error(capsys, monkeypatch):
+def test_help_is_the_docstring_and_one_seed_has_no_standard_error(capsys, monkeypatch):
     monkeypatch.setitem(claims.CLAIMS, "mmap", lambda seed, model: dict(gain=2.0))
     for words in (["--help"], ["mmap", "--seeds", "1"]):
         monkeypatch.setattr("sys.argv", ["claims.py", *words])
@@ -62,7 +62,7 @@ def test_help_is_the_text_of_the_file_and_one_seed_has_no_error(capsys, monkeypa
 
 
 def test_the_figure_has_a_panel_for_every_claim_that_was_measured(tmp_path, monkeypatch):
-    """The bars are means, their lines standard errors: of 1 and 3 that is 2 ± 1."""
+    """Bars are means and error bars standard errors: 2 ± 1 for the values 1 and 3."""
     plt = claims.common.pyplot()
     monkeypatch.setattr(plt, "close", lambda *figures: None)
     for claim in ("mmap", "jscpt-noise"):

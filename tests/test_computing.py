@@ -1,4 +1,4 @@
-"""What makes the methods fast and small changes no result: passes, views, images, precision."""
+"""What saves time and memory changes no result: passes, views, images, precision."""
 import multiprocessing
 import re
 import sys
@@ -18,7 +18,7 @@ TEXTS = dict(coop_mt=5, maple_mt=5, mvlpt=5, hipro=25, mmap=15, jscpt=15)   # 3 
 
 @pytest.fixture
 def model():
-    """A random CLIP that a test may write on."""
+    """A random CLIP that a test may modify."""
     return random_clip(**TINY)
 
 
@@ -28,7 +28,7 @@ def bench(request):
 
 
 def test_a_step_is_one_pass_of_all_texts_and_one_of_all_images(bench):
-    """Tasks that agree in prompts and names share rows; a text is as long as its longest row."""
+    """Tasks with the same prompts and names share rows; texts are cut to the longest row."""
     passes = [job for job in bench.passes(lambda: bench.train(1)) if job[3]]
     wanted = [("text", TEXTS[bench.name])] if bench.name in TEXTS else []
     if bench.name not in ("coop_mt", "hipro"):
@@ -38,7 +38,7 @@ def test_a_step_is_one_pass_of_all_texts_and_one_of_all_images(bench):
 
 
 def test_gradients_stop_where_the_first_prompt_enters(bench):
-    """What comes before needs none: its outputs ask for no gradient, CLIP's weights get none."""
+    """Layers before it need none: their outputs require no gradient, CLIP's weights get none."""
     before = []
     for module in (bench.model.token_embedding, bench.model.visual.conv1):
         module.register_forward_hook(lambda module, given, made: before.append(made.requires_grad))
@@ -47,13 +47,13 @@ def test_gradients_stop_where_the_first_prompt_enters(bench):
     assert all(p.grad is None and not p.requires_grad for p in bench.model.parameters())
 
 
-def test_texts_are_encoded_once_an_evaluation_and_images_once_per_prompt(bench):
+def test_texts_are_encoded_once_per_evaluation_and_images_once_per_prompt(bench):
     prompts, _ = bench.train(1)
     passes = bench.passes(lambda: bench.evaluate(prompts))
     texts = [job for job in passes if job[0] == "text"]
     assert len(texts) <= (4 if bench.name == "mvlpt" else 2)        # mvlpt has a prompt per target
     images = sum(rows for kind, rows, _, _ in passes if kind == "image")
-    assert images == 12 * (1 if bench.name in ("coop_mt", "hipro") else 2)  # zero-shot's, prompted
+    assert images == 12 * (1 if bench.name in ("coop_mt", "hipro") else 2)  # zero-shot, prompted
 
 
 @pytest.mark.parametrize("device, bf16, asked, grad, dtype", [
@@ -64,7 +64,7 @@ def test_texts_are_encoded_once_an_evaluation_and_images_once_per_prompt(bench):
     ("cuda", False, "auto", False, torch.float16),
     ("cuda", True, "fp32", True, None),
     ("cuda", True, "fp16", True, torch.float16)])
-def test_the_precision_is_bfloat16_where_a_gpu_has_it_or_what_is_asked(
+def test_the_precision_is_bfloat16_on_a_gpu_that_supports_it_unless_set(
         monkeypatch, device, bf16, asked, grad, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
@@ -76,7 +76,7 @@ def test_the_precision_is_bfloat16_where_a_gpu_has_it_or_what_is_asked(
     assert found == dtype
 
 
-def test_bfloat16_on_a_cpu_is_near_and_leaves_features_in_float32(model):
+def test_bfloat16_on_a_cpu_is_close_and_returns_float32_features(model):
     prompts, tokens = torch.randn(2, 2, 64).requires_grad_(), common.tokenize(["cup", "hat"], 2)
     whole = common.encode_text(model, tokens, prompts)
     model.precision = "bf16"
@@ -86,9 +86,9 @@ def test_bfloat16_on_a_cpu_is_near_and_leaves_features_in_float32(model):
     assert prompts.grad.dtype == torch.float32 and prompts.grad.isfinite().all()
 
 
-def test_a_training_has_one_loader_and_its_images_are_held_in_memory(model, tmp_path):
-    """Files are not read again, and worker processes live until other tasks are trained on or
-    `close_loader`."""
+def test_a_training_run_has_one_loader_and_keeps_its_images_in_memory(model, tmp_path):
+    """Files are not read again, and worker processes live until `close_loader` or until other tasks
+    are trained on."""
     folder = make_tree(tmp_path / "shapes", {f"{d}/{c}": 4 for d in "ab" for c in "xy"})
     tasks, args = common.load_tasks(str(folder), split=0.5), common.Args(batch_size=4, workers=2)
 
@@ -116,7 +116,7 @@ def test_a_training_has_one_loader_and_its_images_are_held_in_memory(model, tmp_
     assert not workers()                                # the features of all views are in memory
 
 
-def test_imports_go_one_way_and_every_name_is_one():
+def test_imports_go_one_way_and_shared_names_are_one_object():
     assert data.Task is common.Task and data.load_tasks is common.load_tasks
     found = {}
     for path in (ROOT / "data").rglob("*.py"):

@@ -1,4 +1,4 @@
-"""CoOp-MT: what is learned, which views it sees, and its relatives CoCoOp and ProDA written out."""
+"""CoOp-MT: what is learned, which views it sees, and its variants CoCoOp and ProDA written out."""
 
 import csv
 import gc
@@ -20,7 +20,7 @@ def settings(**changes):
     return coop.Args(**dict(usual, **changes))
 
 
-def test_the_context_has_8192_parameters_at_vit_b16_and_starts_at_two_hundredths():
+def test_the_context_has_8192_parameters_at_vit_b16_and_a_start_with_std_0_02():
     torch.manual_seed(0)
     context = coop.Context(16, VIT_B16["transformer_width"])
     [vectors] = context.parameters()
@@ -34,7 +34,7 @@ def test_the_context_has_8192_parameters_at_vit_b16_and_starts_at_two_hundredths
     ("--proda 2", ("mixed", 20, 100, 0.001)),               # HiPro's
     ("--proda 2 --lr 0.5", ("mixed", 20, 100, 0.5)),
 ])
-def test_a_relatives_own_settings_come_before_those_of_a_dataset(words, expected):
+def test_a_variants_own_settings_take_precedence_over_those_of_a_dataset(words, expected):
     line = f"--data minidomainnet --split 0.01 --single-task {words}"
     args = common.parse(coop.METHOD, line.split())
     assert (args.batches, args.batch_size, args.epochs, args.lr) == expected
@@ -50,7 +50,7 @@ def test_text_prompts_train_on_a_resnet_backbone():
 
 # -------------------------------------------------------------------------------------------- views
 
-def test_the_features_of_fixed_views_are_those_of_the_images_that_are_drawn(small):
+def test_the_kept_features_of_fixed_views_are_those_of_the_images_drawn(small):
     tasks, args = small_tasks("a", "b"), settings(views=2)
     for epoch in range(3):
         common.seed_everything(epoch)
@@ -62,8 +62,8 @@ def test_the_features_of_fixed_views_are_those_of_the_images_that_are_drawn(smal
 
 
 def test_kept_features_are_never_those_of_another_backbone():
-    """Each model is deleted before the next is made; the kept features hold theirs, so that no
-    other can take its place in memory."""
+    """Each model is deleted before the next is made. The kept features hold a reference to theirs,
+    so no other model can take its address."""
     tasks, args = small_tasks("a"), settings(views=1)
     for scale in (1, 2):
         model = random_clip(**TINY)
@@ -79,8 +79,8 @@ def test_kept_features_are_never_those_of_another_backbone():
         assert held() is not None
 
 
-def test_single_task_is_a_training_on_each_task_alone(tree, random_pt, tmp_path):
-    """The numbers of a task are those of a run on it alone, `name=path`."""
+def test_single_task_trains_on_each_task_alone(tree, random_pt, tmp_path):
+    """The results of a task are those of a run on that task alone, `name=path`."""
     words = f"--shots 2 --clip {random_pt} --epochs 2 --n-ctx 2 --batch-size 2 --lr 0.3"
     found, logs = {}, {}
     for out, data in {"both": tree, "alone": f"painted={tree}/painted"}.items():
@@ -97,7 +97,7 @@ def test_single_task_is_a_training_on_each_task_alone(tree, random_pt, tmp_path)
 # ------------------------------------------------------------------------------------------- CoCoOp
 
 def conditional(model, prompts, x, names, n_ctx):
-    """CoCoOp written out: every image's texts encoded whole, one image after another, [B, C]."""
+    """CoCoOp written out: each image's texts encoded in full, one image after another, [B, C]."""
     first, _, second = prompts.meta
     rows = []
     for one in x:
@@ -120,8 +120,8 @@ def conditional(model, prompts, x, names, n_ctx):
     return torch.stack(rows)
 
 
-def test_cocoop_adds_what_the_network_makes_of_the_image_to_every_context_vector(small):
-    """The loss and gradients of the first step against every image's texts encoded whole."""
+def test_cocoop_adds_the_meta_networks_output_to_every_context_vector(small):
+    """The loss and gradients of the first step against each image's texts encoded in full."""
     args = settings(epochs=1, batch_size=6, views=0, conditional=True, single_task=True)
     [task], run = small_tasks("a"), Phases()
     common.seed_everything("start")
@@ -162,8 +162,8 @@ def test_cocoop_classifies_each_test_image_by_its_own_texts(small):
 
 # -------------------------------------------------------------------------------------------- ProDA
 
-def test_prodas_bound_is_that_of_the_covariance_written_out():
-    """L_upper with the full covariance of the classifiers, of all pairs of classes."""
+def test_prodas_bound_equals_the_formula_with_the_full_covariance():
+    """L_upper with the full covariance of the classifiers, for all pairs of classes."""
     torch.manual_seed(0)
     K, B, C, D, scale = 4, 5, 3, 6, 2.5
     w, x = torch.randn(K, C, D).double(), torch.randn(B, D).double()
@@ -181,8 +181,8 @@ def test_prodas_bound_is_that_of_the_covariance_written_out():
 
 
 def test_proda_trains_all_its_contexts_by_both_losses(small):
-    """L_upper with the variance over the contexts, and 0.1 times the mean |cosine| of two nameless
-    texts, context by context."""
+    """L_upper with the variance over the contexts, plus 0.1 times the mean |cosine| between the
+    contexts' texts without a class name."""
     args = settings(epochs=1, batch_size=6, views=0, proda=3, single_task=True)
     [task], run = small_tasks("a"), Phases()
     common.seed_everything("start")

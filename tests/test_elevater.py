@@ -1,5 +1,5 @@
-"""ELEVATER's twenty datasets: each layout of the toolkit in miniature, read through the code path
-of the full dataset; their metrics; damaged files; and MVLPT on them."""
+"""ELEVATER's twenty datasets: each layout of the toolkit in miniature, read by the same code as the
+full dataset; their metrics; damaged files; and MVLPT on them."""
 
 import contextlib
 import io
@@ -48,7 +48,7 @@ FACTS = table("""
     VOC2007        20   11-point mAP    a photo of a {}
     """)
 CLASSES = {title: int(n) for title, (n, *_) in FACTS.items()}
-# Task: how the first and the last class name end, folder, and --data where that is not the folder
+# Task: how the first and the last class name end, folder, and --data if that is not the folder
 NAMES = table("""
     Caltech101     accordion      yin and yang symbol    caltech_101_20211007
     CIFAR10        airplane       truck                  cifar_10_20211007         cifar-10
@@ -73,8 +73,8 @@ NAMES = table("""
     """)
 CALLED = {title: names[-1] for title, names in NAMES.items()}
 IN_COOP = [title for title, names in NAMES.items() if len(names) == 3]
-# task: index of the training and of the test images, their zip files, file of labels; where these
-# are not train.txt, test.txt, train.zip, test.zip and labels.txt
+# task: index files of the training and test images, their zip files, label file; if these are not
+# train.txt, test.txt, train.zip, test.zip and labels.txt
 FILES = table("""
     CIFAR10       train.txt         test.txt         train.zip         val.zip          labels.txt
     CIFAR100      train_images.txt  test_images.txt  train_images.zip  test_images.zip  labels.txt
@@ -94,7 +94,7 @@ SIZES = (3, 2)                          # images per class to train and to test 
 
 
 def picture(k, size=(8, 8)):
-    """A PNG in the grey of class k."""
+    """A PNG with grey level k, for class k."""
     buffer = io.BytesIO()
     Image.new("L", size, k).save(buffer, "PNG")
     return buffer.getvalue()
@@ -111,7 +111,7 @@ def several(title, k, n):
 
 
 def toolkit(root, title, sizes=SIZES, unpacked=False):
-    """A dataset in the toolkit's layout; returns its folder and {part: {path in zip: classes}}."""
+    """Write a dataset in the toolkit's layout: (its folder, {part: {path in zip: classes}})."""
     train, test, *zips = FILES.get(title, USUAL)
     folder, n = root / "classification" / NAMES[title][2], CLASSES[title]
     parts, files = {}, {}
@@ -122,7 +122,7 @@ def toolkit(root, title, sizes=SIZES, unpacked=False):
         for k in range(n):
             for i in range(count):
                 parts[part][f"{k}/{part} {i}.png"] = several(title, k, i)
-                # no two files of two datasets are equal
+                # no two datasets have an equal file
                 content = picture(k) + f"{title} {part} {i}".encode()
                 files.setdefault(archive, {})[f"{k}/{part} {i}.png"] = content
         put(folder / index, written(index, archive, parts[part], n).encode())
@@ -136,7 +136,7 @@ def toolkit(root, title, sizes=SIZES, unpacked=False):
 
 
 def written(index, archive, images, n):
-    """An index of {path: classes}, by its ending; in JSON with numbers from 1, as COCO's are."""
+    """The text of an index of {path: classes}, .txt or .json; JSON counts from 1, as COCO does."""
     if index.endswith(".txt"):
         lines = [f"{archive}@{image} {','.join(map(str, k))}\n" for image, k in images.items()]
         return "".join(lines)
@@ -159,7 +159,7 @@ def write_zip(path, content):
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
-    """All twenty in one root, and what is in each."""
+    """All twenty under one root, and the contents of each."""
     root = tmp_path_factory.mktemp("twenty")
     return root, {title: toolkit(root, title)[1] for title in NAMES}
 
@@ -175,7 +175,7 @@ def facts(task):
 
 
 def checked(title, root, parts):
-    """The task of a dataset, after a look at its names, its images and their labels."""
+    """Load the task of a dataset and check its names, images and labels."""
     [task] = load_tasks(CALLED[title], root=root)
     assert task.name == title
     assert facts(task) == FACTS[title]
@@ -207,7 +207,7 @@ def test_a_dataset_in_the_toolkits_layout_has_its_names_images_and_labels(twenty
 @pytest.mark.parametrize("title, into", [
     ("EuroSAT", "a folder per zip file"), ("KITTI", "the dataset's folder"),
     ("MNIST", "folders that the index names")])
-def test_unpacked_images_serve_too(tmp_path, title, into):
+def test_unpacked_images_work_too(tmp_path, title, into):
     folder, parts = toolkit(tmp_path, title, unpacked=True)
     if title == "KITTI":
         for path in sorted(folder.rglob("*.png")):
@@ -245,7 +245,7 @@ def test_check_reads_all_images_and_compares_the_counts_with_the_published_ones(
                            "(69,950 missing)")
 
 
-def test_a_file_of_labels_with_other_classes_than_the_published_gives_the_names(tmp_path, capsys):
+def test_a_label_file_with_other_classes_than_the_published_gives_the_names(tmp_path, capsys):
     folder, _ = toolkit(tmp_path, "MNIST")
     for file in (folder / "train.txt", folder / "test.txt"):
         lines = file.read_text().splitlines()
@@ -257,8 +257,8 @@ def test_a_file_of_labels_with_other_classes_than_the_published_gives_the_names(
 
 
 def test_workers_read_from_one_zip_file_at_a_time(tmp_path):
-    """The file is open in this process first: a worker that went on with that handle would move its
-    position under the others."""
+    """The file is first opened in this process: if workers used that handle, each would move the
+    position for the others."""
     images = {f"{i}.png": picture(i % 251, (60, 60)) for i in range(600)}
     write_zip(tmp_path / "x.zip", images)
     items = [(str(tmp_path / "x.zip"), name) for name in images]
@@ -274,7 +274,7 @@ def test_workers_read_from_one_zip_file_at_a_time(tmp_path):
 # ---------------------------------------------------------------------------------- protocol
 
 def test_images_are_resized_to_a_square_in_training_and_test(tmp_path):
-    """An image of 24 x 8 whose left third is black: a crop at its centre would not see it."""
+    """A 24 x 8 image whose left third is black: a centre crop would miss it."""
     wide = Image.new("RGB", (24, 8), "white")
     wide.paste("black", (0, 0, 8, 8))
     folder, _ = toolkit(tmp_path, "KITTI", unpacked=True)
@@ -290,7 +290,7 @@ def test_images_are_resized_to_a_square_in_training_and_test(tmp_path):
         assert torch.equal(train, test)
 
 
-def test_a_fifth_is_held_out_by_the_class_that_an_image_was_drawn_for():
+def test_a_fifth_is_held_out_by_the_class_that_an_image_was_sampled_for():
     labels = [(k, *others) for k in (0, 1) for others in ((), (2,), (3,), (4,), (2, 3))]
     rest, held = data.hold_out(data.Images(range(10), labels), 1)
     assert counts(held) == [1, 1]
@@ -299,8 +299,8 @@ def test_a_fifth_is_held_out_by_the_class_that_an_image_was_drawn_for():
 
 # ------------------------------------------------------------------------------- several labels
 
-def test_an_image_of_several_classes_is_drawn_for_the_rarest(tmp_path):
-    """Of 20 classes with 3 images each, 2 of them with a person (14), who is in 2 * 19 + 3."""
+def test_an_image_of_several_classes_is_sampled_for_the_rarest(tmp_path):
+    """20 classes with 3 images each, 2 of them with a person (14): 2 * 19 + 3 show a person."""
     toolkit(tmp_path, "VOC2007")
     [task] = load_tasks("voc-2007-classification", shots=2, root=tmp_path)
     assert counts(task.train) == [2] * 20
@@ -315,7 +315,7 @@ def test_labels_of_a_batch_are_numbers_or_a_distribution_per_image():
 
 
 def test_the_loss_of_several_labels_is_the_mean_over_them_by_hand(small):
-    """Two tasks of 2 and 3 classes, so that the rows of the first are longer than its classes."""
+    """Two tasks of 2 and 3 classes, so that the first one's rows have more entries than classes."""
     tasks = [SimpleNamespace(class_names=names.split(), template="{}")
              for names in ("dog cat", "cup hat ball")]
     texts = common.Texts(tasks)
@@ -348,7 +348,7 @@ def test_11_point_average_precision_by_hand():
     """Ranks +, -, +, -, -: precision 1 up to recall 1/2 (6 points), 2/3 beyond (5 points)."""
     scores, labels = column(5, 4, 3, 2, 1), column(1, 0, 1, 0, 0)
     assert common.apply_metric(VOC, scores, labels) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
-    last = column(0, 0, 0, 0, 1)                                # nothing is right before the last
+    last = column(0, 0, 0, 0, 1)                                # only the last one is right
     assert common.apply_metric(VOC, scores, last) == pytest.approx(20)
     tie = column(0, 0, 0, 0, 0)                                 # all tie: 2 of 5 are right
     assert common.apply_metric(VOC, tie, labels) == pytest.approx(40)
@@ -373,7 +373,7 @@ def test_the_mean_per_class_leaves_out_a_class_without_images():
 # -------------------------------------------------------------------------------- damaged files
 
 def refused(title, root, *words):
-    """The line with which a dataset is refused has these words, and nothing is written."""
+    """Check that a dataset is rejected with a line that has these words and writes nothing."""
     before = sorted(root.rglob("*"))
     with pytest.raises(UserError) as error:
         load_tasks(CALLED[title], shots=1, root=root)
@@ -428,7 +428,7 @@ def test_files_of_the_toolkit_that_are_damaged_or_missing_are_named(tmp_path):
     (lambda c: c["images"][0].update(id=2), "train_meta.json is not an index in COCO's format"),
     (lambda c: c.pop("categories"), "train_meta.json is not an index in COCO's format"),
 ])
-def test_damage_of_a_coco_index_is_named(tmp_path, change, words):
+def test_damage_in_a_coco_index_is_named(tmp_path, change, words):
     folder, _ = toolkit(tmp_path, "HatefulMemes")
     edit(folder / "train_meta.json", change)
     refused("HatefulMemes", tmp_path, "train_meta.json", words)
@@ -453,7 +453,8 @@ def test_a_missing_dataset_says_what_belongs_where(tmp_path):
 
 
 # ----------------------------------------------------------------------------- torchvision's layout
-# Each makes a dataset whose grey images show their labels, 3 to train and 2 to test on per class.
+# Each writes a dataset whose images have their label as grey level, 3 training and 2 test images
+# per class.
 
 def parts_of(n):
     """The parts and the labels of their images."""
@@ -465,7 +466,7 @@ def tv_mnist(root, patch):
     for part, labels in parts_of(10):
         part = part.replace("test", "t10k")
         for kind, array in (("images-idx3", grey(labels, 28, 28)), ("labels-idx1", grey(labels))):
-            # two zeros, the type of its numbers, the dimensions, the numbers
+            # two zeros, the data type, the dimensions, the values
             head = bytes([0, 0, 8, array.ndim])
             shape = np.array(array.shape, dtype=">i4").tobytes()
             put(root / f"MNIST/raw/{part}-{kind}-ubyte", head + shape + array.tobytes())
@@ -479,7 +480,8 @@ def tv_cifar10(root, patch):
 
 
 def tv_cifar100(root, patch):
-    """Its labels follow the alphabet, the toolkit's do not; the grey is the toolkit's."""
+    """Its labels are in alphabetical order, the toolkit's are not; the grey is the toolkit's label.
+    """
     published, parts = elevater.published_names("cifar-100"), {}
     place = np.argsort(published)
     names = [published[k].replace(" ", "_") for k in place]
@@ -489,7 +491,7 @@ def tv_cifar100(root, patch):
 
 
 def grey(labels, *shape):
-    """An array of one grey for each label, the label."""
+    """A constant array for each label, filled with the label."""
     arrays = [np.full(shape, k, dtype=np.uint8) for k in labels]
     return np.stack(arrays)
 
@@ -526,8 +528,8 @@ def tv_sst2(root, patch):
 
 
 def tv_voc(root, patch):
-    """The class of the first test image is hard to see, and its only one; what is hard to see in
-    the third one stands beside its class."""
+    """The only class of the first test image is marked difficult; the third one has a difficult
+    class beside its own."""
     folder, marks, hard = root / "VOCdevkit/VOC2007", {}, {("test0", 0), ("test2", 5)}
     for part, labels in parts_of(20):
         marks[part] = {}
@@ -547,14 +549,14 @@ def tv_fer(root, patch):
     """The file's order is angry, disgust, fear, happy, sad, surprise, neutral."""
     patch.setattr("torchvision.datasets.fer2013.check_integrity", lambda path, md5: True)
     lines = ["emotion,pixels,Usage\n"]
-    for k, own in enumerate([0, 1, 2, 3, 5, 6, 4]):             # places among the toolkit's names
+    for k, own in enumerate([0, 1, 2, 3, 5, 6, 4]):             # positions in the toolkit's names
         for use in ["Training"] * 3 + ["PublicTest", "PrivateTest"]:
             lines.append(f"{k},{' '.join([str(own)] * 48 * 48)},{use}\n")
     put(root / "fer2013/fer2013.csv", "".join(lines).encode())
 
 
 def tv_pcam(root, patch):
-    """Its files are read by h5py, which need not be there: a stand-in holds the arrays."""
+    """h5py reads its files and may not be installed, so a stand-in holds the arrays."""
     arrays = {}
     for part, labels in parts_of(2):
         for key, shape in (("x", (96, 96, 3)), ("y", (1, 1, 1))):
@@ -608,7 +610,7 @@ def test_damage_in_torchvisions_layout_is_named(tmp_path, monkeypatch):
     refused("GTSRB", tmp_path, f"GTSRB in {tmp_path}/gtsrb is incomplete or damaged")
 
 
-def test_download_lets_torchvision_fetch_what_is_not_there(tmp_path, monkeypatch):
+def test_download_lets_torchvision_fetch_what_is_missing(tmp_path, monkeypatch):
     def unreachable(self):
         raise OSError("no route to host")
 

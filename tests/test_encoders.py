@@ -1,4 +1,4 @@
-"""The prompted encoders against the clip package's own and against a slow walk through the
+"""The prompted encoders against the clip package's own and against a slow pass through the
 package's own blocks; texts and losses against hand arithmetic."""
 
 import math
@@ -26,7 +26,7 @@ def images(model, n=2):
 
 
 def padded(tokens):
-    """To CLIP's 77 positions."""
+    """Tokens padded to CLIP's 77 positions."""
     return torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
 
 
@@ -62,7 +62,7 @@ def slow_image(model, pictures, prompts):
 
 @pytest.mark.parametrize("shape", ["small", "vit_b16", "rn50"])
 @torch.no_grad()
-def test_without_prompts_both_encoders_are_clip_itself(shape, request):
+def test_without_prompts_both_encoders_equal_clips(shape, request):
     model = request.getfixturevalue(shape)
     tokens = clip.tokenize([f"a photo of a {name}." for name in NAMES])
     close(common.encode_text(model, tokens), model.encode_text(tokens))
@@ -82,8 +82,8 @@ def test_a_set_for_each_row_equals_one_set_repeated(small):
 
 @pytest.mark.parametrize("layers", [2, 3])
 @torch.no_grad()
-def test_deep_prompts_agree_with_a_slow_walk_through_clips_own_layers(small, layers):
-    """With fewer layers than the encoder has, the prompt tokens stay and flow on."""
+def test_deep_prompts_agree_with_a_slow_pass_through_clips_own_layers(small, layers):
+    """With prompts for fewer layers than the encoder has, the last ones flow through the rest."""
     tokens, pictures = common.tokenize(NAMES, 3), images(small)
     text, image = random(layers, 3, 3, 64), random(layers, 2, 3, 64)
     close(common.encode_text(small, tokens, text), slow_text(small, padded(tokens), text))
@@ -92,7 +92,7 @@ def test_deep_prompts_agree_with_a_slow_walk_through_clips_own_layers(small, lay
 
 @pytest.mark.parametrize("sets", [[0, 0, 0], [1, 0, 1], [2, 1, 0]])
 def test_a_set_for_each_task_equals_a_set_for_each_row(small, sets):
-    """Features and gradients of the shared prefix against a walk that shares nothing."""
+    """Features and gradients of the shared prefix against a pass that shares nothing."""
     tokens, pictures, given = common.tokenize(NAMES, 3), images(small, 3), torch.tensor(sets)
     text, image = random(2, 3, 3, 64).requires_grad_(), random(2, 3, 3, 64).requires_grad_()
     for ours, slow, prompts in [
@@ -110,8 +110,8 @@ def test_a_set_for_each_task_equals_a_set_for_each_row(small, sets):
 @pytest.mark.parametrize("sets", [[1, 0, 1, 0], [0, 0, 0, 1]])
 @torch.no_grad()
 def test_texts_in_any_order_and_number_have_the_features_of_those_sorted_by_set(small, sets):
-    """Two sets with two texts each are computed by one product per set where they stand in order,
-    and by one per text where they do not."""
+    """Two sets with two texts each are computed with one product per set if they are in order, and
+    otherwise with one per text."""
     tokens, prompts = common.tokenize([*NAMES, "cup"], 3), random(2, 2, 3, 64)
     order = sorted(range(4), key=sets.__getitem__)
     in_order = common.encode_text(small, tokens[order], prompts, sorted(sets))
@@ -129,7 +129,7 @@ def test_text_prompts_work_on_a_resnet_and_image_prompts_do_not(rn50):
         common.encode_image(rn50, images(rn50), random(1, 4, 64))
 
 
-def test_more_prompts_than_places_are_rejected(small):
+def test_more_prompts_than_fit_are_rejected(small):
     with pytest.raises(ValueError, match="do not fit"):
         common.encode_text(small, common.tokenize(NAMES, 2), random(1, 9, 64))
     with pytest.raises(ValueError, match="do not fit"):
@@ -207,7 +207,7 @@ def test_texts_of_several_tasks_are_one_batch_and_share_rows():
     owned = common.Texts(tasks, 4, sets=[0, 1, 1])
     assert owned.start.tolist() == [0, 3, 5]
     assert owned.sets.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
-    tasks[2].template = "no {}"                             # of the same class names as tasks[0]
+    tasks[2].template = "no {}"                             # with the class names of tasks[0]
     templates = common.Texts(tasks, templates=True)
     assert templates.start.tolist() == [0, 3, 5]
     for tokens, template in ((templates.tokens[:3], "a {}"), (templates.tokens[5:], "no {}")):
@@ -233,7 +233,7 @@ def test_task_losses_by_hand(small):
 
 
 def test_the_mean_over_pairs_counts_the_steps_with_images_of_both_tasks():
-    """Task 2 is in the second step alone, with task 0; tasks 1 and 2 never meet."""
+    """Task 2 is only in the second step, with task 0; tasks 1 and 2 are never together."""
     pairs = common.PairMean(3)
     pairs.add(torch.tensor([[1.0, 2, 9], [2, 3, 9], [9, 9, 9]]), torch.tensor([1, 0, 1]))
     pairs.add(torch.tensor([[5.0, 9, 6], [9, 9, 9], [6, 9, 7]]), torch.tensor([2, 0]))
@@ -245,7 +245,7 @@ def test_the_mean_over_pairs_counts_the_steps_with_images_of_both_tasks():
 
 
 def test_no_gradient_copies_slices(small):
-    """An in-place operation on a view, such as a linear layer's output, would make it copy them."""
+    """An in-place operation on a view, such as a linear layer's output, would cause such copies."""
     prompts = random(2, 2, 64).requires_grad_()
     text = common.encode_text(small, common.tokenize(NAMES, n_ctx=2), prompts)
     nodes, seen = [text.grad_fn, common.encode_image(small, images(small), prompts).grad_fn], set()

@@ -1,4 +1,4 @@
-"""`common.py finetune`: what is trained, what stays frozen, the numbers of parameters, the run."""
+"""`common.py finetune`: what is trained, what stays frozen, parameter counts, the run."""
 
 import copy
 
@@ -35,13 +35,13 @@ def test_parameters_at_vit_b16_are_the_papers(vit_b16, train, expected):
     assert not any(p.requires_grad for p in vit_b16.parameters())
 
 
-def test_a_shared_adapter_is_one(vit_b16):
+def test_a_shared_adapter_is_counted_once(vit_b16):
     args = settings("adapter", adapters="shared")
     assert trainable(FINETUNE.build(args, vit_b16, small_tasks(*"abcd"))) == 131_712
 
 
 def first_step(model, args, tasks):
-    """(weights before, weights after, run, batch) of one step; the frozen model keeps its bits."""
+    """(weights before, weights after, run, batch) of one step; the frozen model does not change."""
     before, run = copy.deepcopy(model.state_dict()), Phases()
     common.seed_everything("start")
     after = FINETUNE.train(args, model, tasks, run)
@@ -54,8 +54,8 @@ def first_step(model, args, tasks):
 
 
 @pytest.mark.parametrize("train", ["all", "bias"])
-def test_the_first_step_is_on_the_gradient_of_the_packages_own_encoders(small, train):
-    """SGD on biases; AdamW on all: its first step is lr * sign(gradient), and a decay."""
+def test_the_first_step_follows_the_gradient_of_the_packages_own_encoders(small, train):
+    """SGD for biases; AdamW for all weights: its first step is lr * sign(gradient) plus decay."""
     args, tasks = settings(train), small_tasks("a", "b")
     start, after, run, (images, labels, task) = first_step(small, args, tasks)
     tuned = copy.deepcopy(small)
@@ -88,7 +88,7 @@ def test_the_first_step_is_on_the_gradient_of_the_packages_own_encoders(small, t
 
 
 def test_an_adapters_feature_by_hand(small):
-    """ratio * W2 relu(W1 x + b1) + b2 and the rest of x, by the adapter of the image's task."""
+    """ratio * (W2 relu(W1 x + b1) + b2) + (1 - ratio) * x, with the adapter of the image's task."""
     weights = FINETUNE.build(settings("adapter", ratio=0.3), small, small_tasks("a", "b"))
     x, task = torch.randn(4, 32), torch.tensor([1, 0, 1, 1])
     found = weights.adapted(x, task)
@@ -101,7 +101,7 @@ def test_an_adapters_feature_by_hand(small):
 
 
 @pytest.mark.parametrize("adapters", ["task", "shared"])
-def test_adapters_train_behind_a_frozen_clip(small, adapters):
+def test_adapters_train_on_top_of_a_frozen_clip(small, adapters):
     args, tasks = settings("adapter", adapters=adapters), small_tasks("a", "b")
     start, after, run, (images, labels, task) = first_step(small, args, tasks)
     losses = []
@@ -125,7 +125,7 @@ def test_adapters_train_behind_a_frozen_clip(small, adapters):
 
 
 def test_a_trained_temperature_is_used(small):
-    """Probabilities of full fine-tuning have its own logit scale."""
+    """Full fine-tuning predicts with the logit scale that it trained."""
     weights = FINETUNE.build(settings("all"), small, small_tasks("a"))
     weights.parts["logit_scale"].data += 1.0
     [task], kept = small_tasks("a"), []
@@ -139,7 +139,7 @@ def test_a_trained_temperature_is_used(small):
     ("--clip ViT-B/16 --train adapter", (0.0035, 4, 5)),
     ("--clip ViT-B/16 --train bias --lr 1", (1.0, 4, 5)),
     ("--clip tiny --train bias", (0.001, 16, 10))])
-def test_the_settings_that_follow_from_what_is_trained(words, expected):
+def test_default_settings_depend_on_what_is_trained(words, expected):
     args = common.parse(FINETUNE, f"--data minidomainnet --split 0.01 {words}".split())
     assert (args.lr, args.batch_size, args.epochs) == expected
 

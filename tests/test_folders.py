@@ -1,4 +1,4 @@
-"""Folders of your own: which are classes, domains, parts of a split or runs, and what they say."""
+"""Folders of your own: which are classes, domains, parts of a split or runs; and the messages."""
 
 import os
 import re
@@ -18,13 +18,13 @@ def of_parts(root, *parts):
 
 @pytest.mark.parametrize("train, test, other", [
     ("training_set", "test_set", "photos"),
-    ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),   # each unpacked into its own name
+    ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),   # each unpacked into a folder
     ("train", "validate", "test tube"),
     ("cifar_train", "cifar_test", "mnist_test"),
     ("Train2017", "Val2017", "train-station"),
 ])
 def test_parts_of_a_split_are_one_task_whatever_they_are_called(tmp_path, train, test, other):
-    """As two tasks they would share a prompt, and so would three with another folder."""
+    """As separate tasks, the parts would share a prompt, also with a third folder beside them."""
     of_parts(tmp_path / "t", train, test)
     [task] = load_tasks(str(tmp_path / "t"))
     assert task.name == "t" and task.class_names == [*CLASSES]
@@ -37,7 +37,7 @@ def test_parts_of_a_split_are_one_task_whatever_they_are_called(tmp_path, train,
 
 @pytest.mark.parametrize("domains", [
     ("train station", "test tube"), ("training", "drawn"), ("a_train", "b_test"), ("val", "test")])
-def test_names_that_are_no_parts_of_one_split_are_domains(tmp_path, domains):
+def test_names_that_are_not_parts_of_one_split_are_domains(tmp_path, domains):
     of_parts(tmp_path / "t", *domains)
     assert {task.name for task in load_tasks(str(tmp_path / "t"), shots=1)} == {*domains}
 
@@ -62,7 +62,7 @@ def test_domains_with_splits_of_their_own_say_how_to_name_them(tmp_path):
     assert [(t.name, len(t.train), len(t.test)) for t in tasks] == [("art", 2, 6), ("photo", 2, 6)]
 
 
-def test_a_task_cannot_be_called_as_the_last_row_of_a_table(tmp_path):
+def test_a_task_cannot_have_the_name_of_a_tables_last_row(tmp_path):
     of_parts(tmp_path / "t", "average", "b")
     for name, given in (("average", tmp_path / "t"), ("Average", f"Average={tmp_path}/t/b")):
         with pytest.raises(UserError, match=f"is called '{name}', like the last row"):
@@ -71,8 +71,8 @@ def test_a_task_cannot_be_called_as_the_last_row_of_a_table(tmp_path):
 
 @pytest.mark.parametrize("folders, names", [
     ("0_to_9 10_to_19 20_to_29", "0 to 9,10 to 19,20 to 29"),
-    ("10_euro 20_cent", "10 euro,20 cent"),                     # one width, and no zero in front
-    ("1_euro 2_euro", "1 euro,2 euro"),                         # without the numbers both are one
+    ("10_euro 20_cent", "10 euro,20 cent"),                     # the same width, no leading zero
+    ("1_euro 2_euro", "1 euro,2 euro"),                         # the same without the numbers
     ("001.Black_footed_Albatross 017.Cardinal", "black footed albatross,cardinal"),
     ("001.Laysan_Albatross AnnualCrop", "001.laysan albatross,annual crop"),
     ("0_cat 1_dog 2_fox", "cat,dog,fox"),
@@ -80,7 +80,7 @@ def test_a_task_cannot_be_called_as_the_last_row_of_a_table(tmp_path):
     ("n02085620-Chihuahua 3d_printer n02", "3d printer,chihuahua,n02"),
     ("0 1 10", "0,1,10"),
 ])
-def test_a_number_is_a_labels_where_all_classes_have_one_and_it_counts_or_is_padded(
+def test_numbers_are_dropped_if_all_classes_have_one_and_they_count_or_are_padded(
         tmp_path, folders, names):
     make_tree(tmp_path / "t" / "d", dict.fromkeys(folders.split(), 2))
     [task] = load_tasks(str(tmp_path / "t"), shots=1)
@@ -105,7 +105,7 @@ def test_the_folder_of_a_run_inside_the_data_is_neither_domain_nor_class(
         assert f"skipped 1 folder of runs in {tmp_path / 't'}" in capsys.readouterr().err
 
 
-def test_a_table_beside_runs_is_skipped_and_settings_of_somebody_else_are_not(tmp_path):
+def test_a_table_beside_runs_is_skipped_but_not_folders_with_other_settings_files(tmp_path):
     of_parts(tmp_path / "t", "d", "e", "f")
     for file in ("settings.json", "table.md", "table.csv"):
         path = make_tree(tmp_path / "t" / "runs", {"table": 3}) / "table" / file
@@ -114,7 +114,7 @@ def test_a_table_beside_runs_is_skipped_and_settings_of_somebody_else_are_not(tm
     assert [task.name for task in load_tasks(str(tmp_path / "t"), shots=1)] == ["d", "e", "f"]
 
 
-def test_data_may_have_more_names_than_a_file_name_has_letters(tmp_path, monkeypatch):
+def test_data_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
     of_parts(tmp_path, "d")
     monkeypatch.chdir(tmp_path)
     given = ",".join(f"task{i}=d" for i in range(60))
@@ -126,7 +126,7 @@ def test_data_may_have_more_names_than_a_file_name_has_letters(tmp_path, monkeyp
         load_tasks("own/shapes", shots=1)
 
 
-def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, here):
+def test_a_deleted_working_folder_gives_one_line(tmp_path, monkeypatch, here):
     data = of_parts(tmp_path / "t", "d", "e")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -138,14 +138,14 @@ def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, here):
         assert "is relative to the working directory, which no longer exists: change to" in err
 
 
-def test_a_run_below_its_own_data_can_be_started_again(tmp_path, monkeypatch, here, random_pt):
+def test_a_run_inside_its_own_data_can_be_started_again(tmp_path, monkeypatch, here, random_pt):
     monkeypatch.chdir(of_parts(tmp_path / "t", "d", "e"))
     line = f"coop_mt.py --data . --clip {random_pt} --shots 1 --epochs 1 --n-ctx 2 --plot"
     one, two = (here(line)[1].split("\n\n")[1] for _ in range(2))
     assert one == two and (tmp_path / "t/runs/coop_mt-t-1-2/accuracy.png").exists()
 
 
-def test_check_finds_exact_copies_that_a_split_can_put_on_two_sides(tmp_path):
+def test_check_finds_exact_copies_that_a_split_can_put_on_both_sides(tmp_path):
     root = of_parts(tmp_path / "t", "d", "e")
     assert not check.report(str(root))[2]
     shutil.copy(root / "d/cup/000.png", root / "d/cup/000 copy.png")
@@ -153,7 +153,7 @@ def test_check_finds_exact_copies_that_a_split_can_put_on_two_sides(tmp_path):
     link, copy = check.report(str(root))[2]
     assert re.match(".*(link|000).png of e is the same image as ", link)
     assert re.match("1 image of d is an exact copy of another, such as .*000.*.png of .*: a", copy)
-    assert load_tasks(str(root), shots=1)                       # it alone looks for them
+    assert load_tasks(str(root), shots=1)                       # only `check` looks for them
     shutil.copy(root / "d/cup/000.png", root / "d/hat/third.png")
     (root / "d/hat/000.png").write_bytes(b"no image")
     problems = "\n".join(check.report(str(root))[2])

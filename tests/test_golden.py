@@ -1,4 +1,4 @@
-"""Trainings of the authors' programs, step by step, replayed with our own training loops in float64
+"""Training runs of the authors' programs, replayed step by step with our training loops in float64
 (tests/golden/README.md says how they were recorded)."""
 
 from dataclasses import replace
@@ -16,11 +16,11 @@ from data.benchmarks import emoji
 from data.images import PIXEL_MEAN, PIXEL_STD, read_tile
 
 SHEETS = ["noto", "twemoji", "fluent", "high_contrast"]
-STEPS = 6  # of an epoch
+STEPS = 6  # per epoch
 
 
 class Golden:
-    """A recorded training: its images, texts, learning rates, start and end."""
+    """A recorded training run: its images, texts, learning rates, initial and final parameters."""
 
     def __init__(self, name):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
@@ -50,7 +50,7 @@ class Golden:
         return common.Task("golden", self.names, template, self.images, self.images)
 
     def epochs(self, phase, n, **parts):
-        """Stands in for a run."""
+        """Stands in for `Run.epochs`."""
         self.parts, self.losses, self.lrs = parts, [], []
         for epoch in range(n):
             self.epoch = epoch
@@ -78,7 +78,7 @@ class Golden:
         return module
 
     def agrees(self, module, names):
-        """Losses, learning rates and final parameters are the recorded ones."""
+        """Losses, learning rates and final parameters equal the recorded ones."""
         assert self.losses == pytest.approx(self["losses"].tolist(), abs=1e-10)
         assert self.lrs == pytest.approx(self["lrs"].tolist(), rel=1e-12)
         for name, parameter in module.named_parameters():
@@ -92,7 +92,7 @@ class Golden:
 
 
 def in_pytorch(module):
-    """CLIP's LayerNorm computes in float32; PyTorch's own in float64."""
+    """Use PyTorch's LayerNorm; CLIP's computes in float32."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm):
             part.__class__ = nn.LayerNorm
@@ -113,13 +113,13 @@ def widths(model):
     return len(model.ln_final.weight), len(model.visual.class_embedding)
 
 
-def test_coop_is_its_authors_training(monkeypatch):
+def test_coop_matches_its_authors_training(monkeypatch):
     golden = Golden("coop")
     replayed(monkeypatch, golden, "coop_mt", lambda m, args: m.Context(16, 128),
              {"vectors": ["ctx"]})
 
 
-def test_cocoop_is_its_authors_training(monkeypatch):
+def test_cocoop_matches_its_authors_training(monkeypatch):
     golden = Golden("cocoop")
     names = {f"meta.{i}.{kind}": [f"meta_net.linear{k}.{kind}"]
              for i, k in ((0, 1), (2, 2)) for kind in ("weight", "bias")}
@@ -128,7 +128,7 @@ def test_cocoop_is_its_authors_training(monkeypatch):
 
 
 @pytest.mark.parametrize("n_ctx", [2, 4])
-def test_maple_is_its_authors_training(monkeypatch, n_ctx):
+def test_maple_matches_its_authors_training(monkeypatch, n_ctx):
     """With 2 prompts the text is "[v1] [v2] of a [class].". The deeper maps start as copies."""
     golden = Golden(f"maple{n_ctx}")
     names = {"P": ["ctx", "compound_prompts_text.0", "compound_prompts_text.1"]}
@@ -148,15 +148,15 @@ def test_maple_is_its_authors_training(monkeypatch, n_ctx):
     replayed(monkeypatch, golden, "maple_mt", start, names, golden.task(), depth=3, n_ctx=n_ctx)
 
 
-def test_vpt_is_its_authors_training(monkeypatch):
+def test_vpt_matches_its_authors_training(monkeypatch):
     golden = Golden("mvlpt_vpt")
     replayed(monkeypatch, golden, "vpt_mt", lambda m, args: m.ImagePrompts(6, 4, 192),
              {"vectors": ["vpt_embeddings", "vpt_embeddings_deep"]}, golden.task("a photo of a {}"),
              n_ctx=4)
 
 
-def test_upt_is_its_authors_training(monkeypatch):
-    """By Adam, with the block given the prompts as one sequence, as in the paper."""
+def test_upt_matches_its_authors_training(monkeypatch):
+    """With Adam, and with the block given the prompts as one sequence, as in the paper."""
     golden, method = Golden("mvlpt_upt_sequence_adam"), common.load_method("mvlpt")
     maps = dict(text_in="ctx_coop_pre", text_out="ctx_coop_post", image_in="ctx_vpt_pre",
                 image_out="ctx_vpt_post")

@@ -1,4 +1,4 @@
-"""HiPro: the affinity, the tree, nodes that train side by side as if alone, and the classifiers."""
+"""HiPro: the affinity, the tree, nodes that train together as if alone, and the classifiers."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def three():
 
 
 def rare():
-    """A task of 6 images and one of one image."""
+    """A task with 6 images and one with a single image."""
     tasks = small_tasks("a", "b")
     tasks[1].train = tasks[1].train.subset([0])
     return tasks
@@ -51,7 +51,7 @@ class Watched(Phases):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The batches that a training draws, in order."""
+    """The batches of a training run, in order."""
     seen, batches = [], common.batches
 
     def spy(*given, **how):
@@ -66,7 +66,7 @@ def drawn(monkeypatch):
 # -------------------------------------------------------------------------- Eq. (4) and the tree
 
 def slow_tree(affinity):
-    """The paper's words as a list of states, on frozensets, with means over explicit pairs."""
+    """The paper's algorithm word by word, on frozensets, with means over explicit pairs."""
     n = len(affinity)
     remaining, waiting = {frozenset([i]) for i in range(n)}, set()
     tree = [frozenset([i]) for i in range(n)]
@@ -94,8 +94,8 @@ def test_the_tree_equals_an_independent_slow_version(n):
         assert len(nodes) == 2 * n - 1
 
 
-def test_a_new_cluster_sits_out_where_plain_average_linkage_would_take_it():
-    """Plain linkage chains 0-1, then 2 onto it (mean 5 > 1); here 0-1 waits, so 2 and 3 merge."""
+def test_a_new_cluster_waits_where_plain_average_linkage_would_merge_it():
+    """Plain linkage merges 0-1, then adds 2 (mean 5 > 1); here 0-1 waits, so 2 and 3 merge."""
     d = torch.tensor([[0.0, 9, 5, 0], [9, 0, 5, 0], [5, 5, 0, 1], [0, 0, 1, 0]])
     assert hipro.task_tree(d) == [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3)]
 
@@ -103,7 +103,7 @@ def test_a_new_cluster_sits_out_where_plain_average_linkage_would_take_it():
 # ---------------------------------------------------------------------------- Eq. (1), (2), (3)
 
 def one_loss(model, task, vectors, x, y):
-    """Eq. (1) for one prompt on one task, by itself: the mean over its images, 0 without any."""
+    """Eq. (1) for one prompt on one task alone: the mean over its images, 0 without images."""
     w = common.encode_text(model, common.tokenize(task.class_names, len(vectors)), vectors[None])
     cosine = (x[:, None] * w).sum(-1) / x.norm(dim=-1)[:, None] / w.norm(dim=-1)
     p = (model.logit_scale.exp() * cosine).softmax(dim=-1)
@@ -114,7 +114,7 @@ def one_loss(model, task, vectors, x, y):
 
 
 def losses_of(model, tasks, batch, vectors):
-    """Eq. (1) of every task of a batch."""
+    """Eq. (1) for every task in a batch."""
     x, y, task = batch
     return [one_loss(model, one, vectors, x[task == t], y[task == t])
             for t, one in enumerate(tasks)]
@@ -181,7 +181,7 @@ def snapshot_of(model, tasks, batch, vectors, lr=0.05):
 
 @pytest.mark.parametrize("grouping", ["tree", "tag"])
 def test_the_affinity_is_that_of_one_gradient_per_task(small, three, drawn, grouping):
-    """One step, so one snapshot, at the 8 prompts as they start; the learning rate of its step."""
+    """One step, so one snapshot, at the 8 initial prompts, with the learning rate of that step."""
     run = Phases()
     affinity = hipro.measure_affinity(settings(grouping=grouping, lr=0.05), small, three, run)
     run.seed_phase("affinity")
@@ -192,7 +192,7 @@ def test_the_affinity_is_that_of_one_gradient_per_task(small, three, drawn, grou
 
 
 def test_snapshots_are_taken_every_fifth_step_and_averaged(small, three, monkeypatch):
-    """11 steps, one an epoch: at 0, 5 and 10. The steps are those of a training with none."""
+    """11 steps, one per epoch: snapshots at 0, 5 and 10, which do not change the steps."""
     assert hipro.EVERY == 5
     seen, exact = [], hipro.gradient_affinity
     monkeypatch.setattr(hipro, "gradient_affinity", lambda g: seen.append(exact(g)) or seen[-1])
@@ -207,7 +207,8 @@ def test_snapshots_are_taken_every_fifth_step_and_averaged(small, three, monkeyp
 
 
 def test_a_pair_is_averaged_over_the_snapshots_with_both_tasks(small, drawn, monkeypatch):
-    """Task b has one image and batches have two: it is in one step of four, all snapshots."""
+    """Task b has one image and batches have two: it is in one step of four. Every step is a
+    snapshot."""
     monkeypatch.setattr(hipro, "EVERY", 1)
     tasks, vectors = rare(), []
     run = Watched(lambda parts: vectors.append(parts["affinity"]["shared"].vectors.detach() + 0))
@@ -230,7 +231,7 @@ def test_a_pair_is_averaged_over_the_snapshots_with_both_tasks(small, drawn, mon
 
 
 def test_a_node_without_images_keeps_its_prompt_and_its_momentum(small, drawn):
-    """Task b is in one step of four. Its leaf ends where SGD on the steps with b alone takes it."""
+    """Task b is in one step of four. Its leaf ends where SGD on only the steps with b takes it."""
     states = []
 
     def look(parts):
@@ -291,7 +292,7 @@ def test_every_grouping_has_its_nodes(small, three, grouping, n):
     assert prompts.affinity.any() == (grouping in ("tree", "tag", "tag-groups"))
 
 
-def test_a_random_tree_is_that_of_its_seed():
+def test_a_random_tree_depends_on_its_seed():
     def tree(seed):
         return hipro.choose_nodes(settings(grouping="random", seeds=(seed,)), torch.zeros(8, 8))
 
@@ -309,7 +310,7 @@ def test_one_task_trains_its_one_prompt(small, capsys):
 
 @pytest.mark.parametrize("grouping", ["random", "tag-groups"])
 def test_a_classifier_is_the_mean_of_the_nodes_unit_length_text_features(small, three, grouping):
-    """It is not normalised again, and so shorter than 1 where the node is not alone."""
+    """The mean is not normalised again, so it is shorter than 1 if a task has several nodes."""
     args = settings(grouping=grouping)
     prompts = hipro.train(args, small, three, Phases())
     for i, found in enumerate(hipro.classify(args, small, three, prompts)["classifiers"]):
@@ -323,8 +324,8 @@ def test_a_classifier_is_the_mean_of_the_nodes_unit_length_text_features(small, 
         assert shorter == (grouping == "random") == (len(mine) > 1)
 
 
-def test_images_are_told_apart_by_the_classifier_as_it_is(small):
-    """A classifier whose first class is long wins, which cosines would not allow."""
+def test_images_are_classified_without_normalising_the_classifier(small):
+    """The class with the longest vector wins, which cosines would not allow."""
     [task] = small_tasks("a")
     x, _, _ = common.image_features(small, task.test)
     mean = torch.nn.functional.normalize(x, dim=-1).mean(0)

@@ -1,4 +1,4 @@
-"""VPT-MT and MaPLe-MT: parameters, the coupling by its formula, the words around the prompts."""
+"""VPT-MT and MaPLe-MT: parameters, the coupling formula, the words around the prompts."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_minidomainnet_has_batches_of_4_with_every_backbone(clip, expected):
 
 
 @pytest.mark.parametrize("b, text", [(2, "of a cup."), (4, "cup."), (6, "cup.")])
-def test_maples_prompts_take_the_place_of_as_many_words_of_a_photo_of_a(small, b, text):
-    """With two, "[v][v] of a cup.": they start at "a photo", and the text keeps the others."""
+def test_maples_prompts_replace_as_many_words_of_a_photo_of_a(small, b, text):
+    """With two, "[v][v] of a cup.": they start as "a photo", and the text keeps the other words."""
     args, tasks = settings(maple, n_ctx=b), small_tasks("a")
     first = maple.build(args, small, tasks).text_prompts()[0]
     words = [encode(word)[0] for word in "a photo of a".split()[:b]]
@@ -55,7 +55,7 @@ def test_maples_prompts_take_the_place_of_as_many_words_of_a_photo_of_a(small, b
     assert [i for i in row if i] == [49406, *encode("X") * b, *encode(text), 49407]
 
 
-def test_maples_test_images_meet_the_texts_of_its_training(small):
+def test_maple_scores_test_images_with_the_texts_of_its_training(small):
     args, [task] = settings(maple, n_ctx=2), small_tasks("a")
     prompts = maple.build(args, small, [task])
     tokens = common.tokenize([f"of a {name}" for name in task.class_names], 2)
@@ -65,7 +65,7 @@ def test_maples_test_images_meet_the_texts_of_its_training(small):
     assert torch.equal(found["image_prompts"][:, 0], prompts.image_prompts())
 
 
-def test_vpt_leaves_the_text_at_the_words_of_the_template(small):
+def test_vpt_uses_the_plain_text_of_the_template(small):
     args, [task] = settings(vpt), small_tasks("a")
     found = vpt.classify(args, small, [task], vpt.build(args, small, [task]))
     w = small.encode_text(common.clip.tokenize([f"a {name}." for name in task.class_names]))
@@ -73,7 +73,8 @@ def test_vpt_leaves_the_text_at_the_words_of_the_template(small):
 
 
 def test_maple_couples_every_layer_and_normalises_the_first(small):
-    """F_k(P_k) = P_k W_k^T + c_k by hand; the first layer's through CLIP's ln_pre."""
+    """F_k(P_k) = P_k W_k^T + c_k by hand; the first layer's prompts also go through CLIP's ln_pre.
+    """
     one = maple.build(settings(maple), small, small_tasks("a"))
     for k, (made, coupling, source) in enumerate(zip(one.image_prompts(), one.F, one.P)):
         by_hand = (source[:, None] * coupling.weight[None]).sum(-1) + coupling.bias
@@ -85,7 +86,7 @@ def test_maple_couples_every_layer_and_normalises_the_first(small):
     assert not any("ln_pre" in name for name, _ in one.named_parameters())
 
 
-def test_views_are_fixed_by_number_or_fresh(small):
+def test_views_are_a_fixed_number_or_fresh(small):
     [task] = small_tasks("a")
     task.train = task.train.subset([0])         # one image, so that every step shows it
 

@@ -1,4 +1,4 @@
-"""Images as a person sees them, nothing skipped in silence, no image on two sides."""
+"""Images as a person sees them, nothing skipped silently, no image on both sides of a split."""
 
 import io
 import multiprocessing
@@ -28,7 +28,7 @@ def read(tmp_path, image, name="x.png", **how):
 # ------------------------------------------------------------------------------- the right pixels
 
 
-# file: type of its numbers, the numbers, the shades of grey that are seen
+# file: data type, values, the grey levels that are read
 SHADES = table("""
     16 bits.png       uint16   0 25700 51400 65535   0 100 200 255
     dark.png          uint16   0 1                   0 1
@@ -44,7 +44,7 @@ SHADES = table("""
 
 @pytest.mark.parametrize("name", SHADES)
 def test_grey_of_more_than_eight_bits_is_scaled_by_its_range(tmp_path, name):
-    """32 bits and floats have no range of their own: they are stretched where they leave 0..255."""
+    """32-bit integers and floats have no fixed range: they are rescaled if they leave 0..255."""
     kind, values, wanted = SHADES[name]
     values = np.array([values.split()], dtype=float).astype(kind)
     [found] = read(tmp_path, Image.fromarray(values), name)[..., 0].tolist()
@@ -54,12 +54,12 @@ def test_grey_of_more_than_eight_bits_is_scaled_by_its_range(tmp_path, name):
 def test_sixteen_bits_that_pillow_opens_as_thirty_two(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535 " + bytes([0, 0, 5, 5, 15, 160]))
     assert np.asarray(data.read_image(tmp_path / "x.pgm"))[..., 0].tolist() == [[0, 5, 16]]
-    old = Image.fromarray(np.array([[0, 257 * 5, 4000]], dtype=np.int32))   # by Pillow 10, of a PNG
+    old = Image.fromarray(np.array([[0, 257 * 5, 4000]], dtype=np.int32))   # a PNG in Pillow 10
     assert np.asarray(data.images.rgb(old, "PNG"))[..., 0].tolist() == [[0, 5, 16]]
 
 
 def test_transparency_is_put_on_white_in_every_mode(tmp_path):
-    """Black under full transparency is white; half transparent black is middle grey."""
+    """Fully transparent black becomes white; half transparent black becomes mid-grey."""
     rgba = np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 128]]], dtype=np.uint8)
     assert read(tmp_path, Image.fromarray(rgba))[..., 0].tolist() == [[255, 0, 127]]
     la = np.array([[[0, 0], [0, 128], [200, 255]]], dtype=np.uint8)
@@ -91,7 +91,7 @@ def turned(orientation):
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))                        # the left half
-    found = read(tmp_path, image, "x.jpg", exif=turned(6))      # to be turned clockwise
+    found = read(tmp_path, image, "x.jpg", exif=turned(6))      # rotate clockwise
     assert found.shape == (40, 20, 3)
     assert found[:15].min() > 200
     assert found[25:].max() < 50
@@ -100,7 +100,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def files():
-    """{case: (its name, its bytes)}"""
+    """{case: (file name, bytes)}"""
     ramps = np.stack(np.meshgrid(np.arange(97) * 2, np.arange(61) * 4), axis=-1)
     image = Image.fromarray(np.dstack([ramps, ramps.sum(axis=-1)]).astype(np.uint8))
     image.paste(noise(1), (5, 5))
@@ -128,7 +128,7 @@ def files():
 
 @pytest.mark.parametrize("case", files())
 def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path, monkeypatch, capfd, case):
-    """The first six by torchvision's decoder. Nothing is printed of damage."""
+    """torchvision's decoder reads the first six. Damage prints nothing."""
     name, content = files()[case]
     (tmp_path / name).write_bytes(content)
     decode, decoded = torchvision.io.decode_jpeg, []
@@ -148,7 +148,7 @@ def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path, monkeypatch, capfd, case):
     else:
         found = np.asarray(data.read_image(tmp_path / name))
         assert found.shape == wanted.shape
-        assert np.abs(found.astype(int) - wanted).max() <= 1        # 0 where both have one libjpeg
+        assert np.abs(found.astype(int) - wanted).max() <= 1        # 0 if both use one libjpeg
         assert len(decoded) == (list(files()).index(case) < 6)
     assert capfd.readouterr() == ("", "")
 
@@ -160,7 +160,7 @@ def test_without_torchvisions_decoder_pillow_reads_the_jpeg(tmp_path, monkeypatc
     assert np.abs(np.asarray(data.read_image(tmp_path / "x.jpg")).astype(int) - found).max() <= 1
 
 
-def test_a_drawing_is_at_its_number_in_a_sheet_of_forty_in_a_row(tmp_path):
+def test_a_drawing_is_found_by_number_in_a_sheet_of_forty_per_row(tmp_path):
     sheet = Image.new("RGB", (40 * 64, 2 * 64))
     sheet.paste("red", (64, 64, 128, 128))
     sheet.save(tmp_path / "sheet.png")
@@ -180,8 +180,8 @@ def test_whatever_error_a_decoder_raises_the_image_is_named(tmp_path):
         data.read_image(tmp_path / "x.dds")
 
 
-def test_evaluation_shows_clips_own_pixels():
-    """`in_order` and `normalise` are the clip package's preprocessing, to one grey level."""
+def test_evaluation_uses_clips_own_preprocessing():
+    """`in_order` and `normalise` equal the clip package's to within one grey level."""
     images = data.Images(range(3), [0, 1, 2], lambda i: noise(i, 50 + 7 * i).resize((60, 40 + i)))
     batches = list(data.in_order(images, 32, workers=0, batch=2))
     assert [labels.tolist() for _, labels in batches] == [[0, 1], [2]]
@@ -199,7 +199,7 @@ def test_normalise_is_clips_to_tensor_and_normalize():
 
 
 def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
-    """With min_crop=1 a square image can only be resized and flipped, each half of the time."""
+    """With min_crop=1 a square image can only be resized, and is flipped half of the time."""
     lists = [data.Images([0], [0], lambda i: noise(i, 24))]
     steps = [[(0, 0, view) for view in range(40)]]
     [(x, _, _)] = rendered(lists, steps, 24, seed=1, min_crop=1)
@@ -210,7 +210,7 @@ def test_a_view_of_the_whole_area_is_the_image_or_its_mirror():
     assert min(plainly, mirrored) >= 5
 
 
-def test_augmentation_is_a_matter_of_the_task():
+def test_augmentation_is_set_per_task():
     """Task 0 is augmented: its two views differ; task 1 is only resized."""
     lists = [data.Images([0], [0], lambda i: noise(i, 50)) for _ in range(2)]
     step = [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2)]
@@ -222,7 +222,7 @@ def test_augmentation_is_a_matter_of_the_task():
     assert np.abs(x[2].permute(1, 2, 0).numpy() - plain).max() <= 1
 
 
-def test_a_view_depends_on_seed_task_index_and_view_alone():
+def test_a_view_depends_only_on_seed_task_index_and_view():
     lists = [data.Images([0, 1], [0, 1], lambda i: noise(i, 40)) for _ in range(2)]
 
     def view(*step, seed=1):
@@ -235,14 +235,14 @@ def test_a_view_depends_on_seed_task_index_and_view_alone():
         assert not torch.equal(one, other)
     steps = [[(0, 0, 7)], [(1, 1, 2)], [(0, 1, 7)]]
     assert torch.equal(one, list(rendered(lists, steps, 16, 1))[2][0][0])
-    lists = [data.Images([0, 1], [0, 1], lambda i: noise(1, 40))]       # one image twice
+    lists = [data.Images([0, 1], [0, 1], lambda i: noise(1, 40))]       # the same image twice
     assert torch.equal(one, view((0, 1, 7)))
     assert not torch.equal(one, view((0, 0, 7)))
 
 
 def test_views_are_the_same_in_every_version(tmp_path):
-    """Sums of the pixels by channel, and of the left half's red, to one grey level: by Pillow's
-    resize under the same seeds, in torch 2.6 and 2.14."""
+    """Pixel sums per channel, and of the left half's red, to within one grey level: recorded from
+    Pillow's resize with the same seeds, in torch 2.6 and 2.14."""
     x, y = np.meshgrid(np.arange(60), np.arange(40))
     ramps = np.stack([4 * x, 6 * y, (x + y) % 50 * 5], axis=-1).astype(np.uint8)
     lists = [data.Images(range(4), [0] * 4, lambda i: Image.fromarray(ramps))] * 2
@@ -264,7 +264,7 @@ def test_views_are_the_same_in_every_version(tmp_path):
 # ------------------------------------------------------------------------------- worker processes
 
 
-def test_workers_hand_over_arrays_and_an_error_as_its_line(tree):
+def test_workers_return_arrays_and_errors_as_one_line(tree):
     """Tensors would go through shared memory, of which Docker has 64 MB."""
     [task, _] = data.load_tasks(str(tree), split=0.4)
     found = data.views([task.train], 16, 1).dataset[[(0, 0, 0)]]
@@ -279,8 +279,8 @@ def test_workers_hand_over_arrays_and_an_error_as_its_line(tree):
             data.keep_all([task.train], 10**6, workers)
 
 
-def test_worker_processes_start_once_and_an_epoch_draws_nothing(tree):
-    """Also behind an epoch that was not finished; `close` ends them."""
+def test_worker_processes_start_once_and_an_epoch_draws_no_random_numbers(tree):
+    """Also after an unfinished epoch; `close` ends them."""
     [task, _] = data.load_tasks(str(tree), split=0.8)
     steps = [[(0, i, 0)] for i in range(6)]
     wanted = [images for images, _, _ in rendered([task.train], steps, 16, 1)]
@@ -301,16 +301,16 @@ def test_worker_processes_start_once_and_an_epoch_draws_nothing(tree):
 @pytest.mark.parametrize("system, default, chosen, wanted", [
     ("linux", "fork", None, "fork"), ("linux", "forkserver", None, "fork"),
     ("linux", "forkserver", "spawn", "spawn"), ("darwin", "spawn", None, "spawn")])
-def test_workers_are_forked_on_linux_unless_the_program_has_set_another_way(
+def test_workers_are_forked_on_linux_unless_the_program_has_set_another_method(
         monkeypatch, system, default, chosen, wanted):
-    """Python 3.14 does not fork by itself, and other processes have no images in memory."""
+    """Python 3.14 does not fork by default, and without a fork no images are in memory."""
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [default])
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
     monkeypatch.setattr(sys, "platform", system)
     assert data.images.start_method() == wanted
 
 
-def test_an_epoch_that_another_one_overtakes_is_an_error(tree):
+def test_an_epoch_interrupted_by_another_one_is_an_error(tree):
     """The two would get each other's steps."""
     [task, _] = data.load_tasks(str(tree), split=0.8)
     views = data.views([task.train], 16, 1, workers=1)
@@ -322,8 +322,8 @@ def test_an_epoch_that_another_one_overtakes_is_an_error(tree):
 
 
 def test_all_images_are_decoded_and_kept_while_there_is_room(tree):
-    """Each takes 3 x 24 x 24 bytes; the eighth does not fit. Those of another `read` are not kept,
-    and a part of a list finds what the list keeps."""
+    """Each takes 3 x 24 x 24 bytes; the eighth does not fit. Images with another `read` are not
+    kept, and a subset of a list finds what the list keeps."""
     lists = [task.train for task in data.load_tasks(str(tree), split=0.8)]
     read = []
     lists.append(data.Images([0, 1], [0, 1], lambda i: read.append(i) or noise(i, 24)))
@@ -356,19 +356,19 @@ def test_a_process_that_is_not_forked_reads_the_files_again(tree):
     assert len(here[step][0]) == 2
 
 
-def test_a_worker_that_dies_is_told_in_a_line(tree):
+def test_a_worker_that_dies_is_reported_in_one_line(tree):
     [task, _] = data.load_tasks(str(tree), split=0.4)
     views = data.views([task.train], 16, 1, workers=1)
     read, task.train.read = task.train.read, lambda path: os._exit(1)
     with pytest.raises(data.UserError, match="died.*--workers 0"):
         list(views.load([[(0, 0, 0)]]))
     task.train.read = read
-    assert len(list(views.load([[(0, 0, 0)]]))) == 1           # by new processes
+    assert len(list(views.load([[(0, 0, 0)]]))) == 1           # in new processes
 
 
 @pytest.mark.parametrize("more", [2, 8])
-def test_workers_that_cannot_start_are_told_in_a_line(tree, capfd, more):
-    """Too few open files for the first process, or for the second one; no process stays."""
+def test_workers_that_cannot_start_are_reported_in_one_line(tree, capfd, more):
+    """The limit on open files stops the first process or the second; no process is left."""
     [task, _] = data.load_tasks(str(tree), split=0.8)
     free, (soft, hard) = os.dup(0), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
@@ -385,7 +385,7 @@ def test_workers_that_cannot_start_are_told_in_a_line(tree, capfd, more):
 # ----------------------------------------------------------------------------- folders and names
 
 
-def test_every_ending_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
+def test_every_extension_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
     folder = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 3, "d/hat/deep": 1}) / "d"
     for number, name in enumerate(("a.jfif", "b.jpe", "c.ppm", "d.BMP")):
         noise(70 + number).save(folder / "cup" / name, "JPEG" if "j" in name else None)
@@ -403,7 +403,7 @@ def test_every_ending_that_pillow_reads_is_read_and_the_rest_is_counted(tmp_path
 
 
 def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, capsys):
-    """Whatever a Mac leaves in an archive."""
+    """Also with the extra files of an archive made on a Mac."""
     sizes = {f"{part}/{c}": n for part, n in dict(train=5, val=3, test=4).items()
              for c in ("cup", "hat")}
     root = make_tree(tmp_path / "shapes", {**sizes, "__MACOSX/train": 0})
@@ -420,7 +420,7 @@ def test_a_folder_of_train_val_test_is_one_task_with_its_own_split(tmp_path, cap
         data.load_tasks(str(root), shots=2)
 
 
-def test_two_classes_of_one_name_are_refused(tmp_path):
+def test_two_classes_with_one_name_are_rejected(tmp_path):
     make_tree(tmp_path / "t", {"d/red_ball": 2, "d/Red Ball": 2})
     with pytest.raises(data.UserError, match="both called 'red ball'"):
         data.load_tasks(str(tmp_path / "t"), split=0.5)
@@ -438,7 +438,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
     ("Cafe\u0301", ["caf\u00e9"]),
     ("caf\udce9", ["caf\ufffd"]),
 ])
-def test_folders_are_called_as_people_call_them(folder, name):
+def test_folder_names_become_spoken_names(folder, name):
     assert [spoken(folder)] == name
 
 
@@ -455,7 +455,7 @@ def test_names_that_are_not_utf8_or_differ_in_normalisation_are_read(tmp_path):
 
 
 def test_a_domain_has_one_name_and_one_split_whichever_system_unpacked_it(tmp_path):
-    """A Mac writes the letter and its dots one after the other."""
+    """A Mac stores the letter and its dots as two characters."""
     found = []
     for here, name in (("linux", "Z\u00fcrich"), ("mac", "Zu\u0308rich")):
         make_tree(tmp_path / here / name, {"cup": 6, "hat": 6})

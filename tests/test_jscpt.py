@@ -39,13 +39,14 @@ def count(tensors):
 
 
 def batch_of(model, tasks, seed):
-    """(images, labels, task) of a step of 4 images per task."""
+    """(images, labels, task) of a step with 4 images per task."""
     common.seed_everything(seed)
     return next(iter(common.batches(settings(batch_size=4), model, tasks)))
 
 
 def world(small, n):
-    """(model, n tasks, prompts away from their start, a batch) in float64; 3 to 6 classes."""
+    """(model, n tasks, prompts away from their initial values, a batch) in float64; 3 to 6 classes.
+    """
     tasks = small_tasks(*"abcdefghij"[:n])
     for t, task in enumerate(tasks):
         task.class_names = [f"{'very ' * t}long name {k}" for k in range(3 + t % 4)]
@@ -91,10 +92,10 @@ def plain_losses(model, tasks, prompts, batch):
 # ------------------------------------------------------------------------- prompts and Eq. (2), (3)
 
 def test_parameters_at_vit_b16_and_their_start(vit_b16):
-    """The features that selection starts with are the features themselves."""
+    """At the start, selection leaves the features unchanged."""
     prompts = jscpt.build(settings(n_ctx=16), vit_b16, small_tasks(*"abcd"))
-    assert count(prompts.parameters()) == 813_600  # 0.2034 M a task: the paper's 0.203 M
-    assert count(jscpt.omega_of(settings(), prompts).values()) == 4 + 16    # counted apart
+    assert count(prompts.parameters()) == 813_600  # 0.2034 M per task: the paper's 0.203 M
+    assert count(jscpt.omega_of(settings(), prompts).values()) == 4 + 16    # counted separately
     assert not prompts.alpha.requires_grad and not prompts.beta.requires_grad
     assert prompts.alpha.eq(1).all() and prompts.beta.eq(1).all()
     assert (torch.sigmoid(prompts.m) == 0.5).all()
@@ -129,7 +130,7 @@ def test_causal_effect_by_hand():
 
 
 def test_a_task_weighs_more_where_selection_lowers_its_loss():
-    """By ln 2 in task 0, sigma(2); in task 1 its loss rises by as much, sigma(1/2)."""
+    """Task 0's loss falls by ln 2: sigma(2). Task 1's rises by as much: sigma(1/2)."""
     losses = torch.tensor([1.0, 2.0])
     original = losses + math.log(2) * torch.tensor([1.0, -1.0])
     ones, grads = torch.ones(2, 2), torch.zeros(2, 5)
@@ -150,7 +151,7 @@ def test_affinity_by_hand():
 
 
 def test_schedule_by_hand():
-    """beta's row, the affinity's column: phi_0 = sigma(2 * 0.5) sigma(3 * 0.25 + 0),
+    """A row of beta, a column of the affinity: phi_0 = sigma(2 * 0.5) sigma(3 * 0.25 + 0),
     phi_1 = sigma(-1 * 1) sigma(4 * -0.5 + 0)."""
     sigma = lambda x: 1 / (1 + math.exp(-x))
     alpha = torch.tensor([2.0, -1.0])
@@ -178,7 +179,7 @@ def test_one_backward_pass_gives_every_tasks_gradient(three):
 
 
 def by_hand(model, tasks, args):
-    """A training of one epoch of one step: the start, and what Eq. (9) is made of."""
+    """One epoch of one step: the initial prompts, and the quantities in Eq. (9)."""
     common.seed_everything("start")
     start = jscpt.build(args, model, tasks)
     common.seed_everything("test", "train", 0)
@@ -193,7 +194,7 @@ def by_hand(model, tasks, args):
     return start, theta, rows, shared, effect, losses
 
 
-def test_training_takes_that_step(small):
+def test_training_takes_the_step_of_eq_9(small):
     args, tasks, run = settings(), small_tasks("a", "b"), Phases()
     common.seed_everything("start")
     trained = list(jscpt.train(args, small, tasks, run).parameters())
@@ -228,7 +229,7 @@ def test_cagrad_replaces_the_sum_on_shared_parameters_and_the_task_factor(small)
 
 # ------------------------------------------------------------------ the upper level, Eq. (10), (11)
 
-def test_neumann_tends_to_the_inverse_and_stops_where_it_is_told():
+def test_neumann_converges_to_the_inverse_and_stops_after_the_given_terms():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 6, dtype=torch.double, generator=generator)
     H = x @ x.t() / 6 + 0.3 * torch.eye(6, dtype=torch.double)
@@ -250,7 +251,8 @@ def test_neumann_tends_to_the_inverse_and_stops_where_it_is_told():
 
 
 def test_the_implicit_gradient_agrees_with_finite_differences_where_the_inner_optimum_is_exact():
-    """L_i = |A_i (s, o_i) - c_i|^2 / 2 of shared s and own o_i: theta* solves a linear system."""
+    """L_i = |A_i (s, o_i) - c_i|^2 / 2 with shared s, per-task o_i: theta* solves a linear system.
+    """
     generator = torch.Generator().manual_seed(4)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.double, generator=generator)
     N, S, Q = 3, 3, 2
@@ -337,7 +339,7 @@ def test_the_upper_step_follows_the_truncated_series_written_out(small, n):
 
 
 def test_the_peak_of_an_upper_step_does_not_grow_with_the_tasks():
-    """Five times the tasks, each of as many classes and images: one graph is there at a time."""
+    """Five times the tasks, each with as many classes and images: one graph is alive at a time."""
     peaks = []
     for n in (2, 10):
         with Memory() as memory:
@@ -349,7 +351,7 @@ def test_the_peak_of_an_upper_step_does_not_grow_with_the_tasks():
 
 
 def test_a_task_without_images_takes_no_part_in_an_upper_step(three):
-    """Its alpha and its row of beta have no gradient, and the others' are as without it."""
+    """Its alpha and its row of beta have no gradient; those of the other tasks have one."""
     model, tasks, prompts, (images, labels, task) = three
     there = task < 2
     batch = images[there], labels[there], task[there]
@@ -389,7 +391,7 @@ def test_development_images_are_held_out_and_are_not_augmented(small):
     assert torch.equal(images, datasets.normalise(torch.cat(plain)))
 
 
-def test_where_no_image_can_be_held_out_the_training_images_serve_and_a_line_says_so(small, capsys):
+def test_if_no_image_can_be_held_out_training_images_are_used_and_a_line_says_so(small, capsys):
     tasks = small_tasks("a", "b")
     tasks[0].train = tasks[0].train.subset([0, 1, 2])  # one per class
     development = jscpt.Development(settings(), small, datasets.with_held_out(tasks, 1))
@@ -408,14 +410,14 @@ def test_dev_shots_come_from_outside_the_training_split_and_leave_the_test_set()
     others = [jscpt.set_aside(settings(dev_shots=1), tasks, seed)[0] for seed in range(9)]
     assert len({tuple(other.val.items) for other in others}) > 1
     [held_out] = jscpt.set_aside(settings(dev_shots=1, validate=True), tasks, 1)
-    assert held_out is tasks[0]                     # under --validate no other image takes part
+    assert held_out is tasks[0]                     # under --validate no other images are used
     tasks[0].unused = tasks[0].train.subset([0, 1, 2])
     [unused] = jscpt.set_aside(settings(dev_shots=1), tasks, 1)
     assert sorted(unused.val.items) == sorted(tasks[0].unused.items)
     assert unused.test is tasks[0].test
     tasks[0].unused = None
     [most] = jscpt.set_aside(settings(dev_shots=4), tasks, 1)
-    assert len(most.test) == 3 and sorted(most.test.labels) == [0, 1, 2]  # a class keeps one
+    assert len(most.test) == 3 and sorted(most.test.labels) == [0, 1, 2]  # each class keeps one
 
 
 # ---------------------------------------------------------------------------------------- ablations
@@ -436,7 +438,8 @@ def ablated(flag, **changes):
 
 @pytest.mark.parametrize("flag", ABLATIONS)
 def test_an_ablation_removes_exactly_what_it_names(small, flag):
-    """Counted: the masks, alpha or beta, and nothing else; the others start at the same values."""
+    """By count: the masks, alpha or beta, and nothing else; the rest has the same initial values.
+    """
     args, tasks = ablated(flag, batch_size=2, epochs=2), small_tasks("a", "b")
     common.seed_everything(1)
     whole = jscpt.build(settings(), small, tasks)
@@ -446,14 +449,14 @@ def test_an_ablation_removes_exactly_what_it_names(small, flag):
     assert count(whole.parameters()) - count(prompts.parameters()) == fewer
     assert count(jscpt.omega_of(args, prompts).values()) == omega
     assert all(torch.equal(p, whole.get_parameter(name)) for name, p in prompts.named_parameters())
-    trained = jscpt.train(args, small, tasks, Phases())  # an upper step every second one
+    trained = jscpt.train(args, small, tasks, Phases())  # an upper step every second step
     assert (trained.alpha == 1).all() == (flag == "prompt_schedule")
     assert (trained.beta == 1).all() == (flag in ("task_schedule", "cagrad"))
     assert (trained.m == 0).all() == (flag == "selection")
 
 
-def test_a_factor_that_is_left_out_keeps_its_starting_value():
-    """At the start the effect is sigma(1) and no affinity is known: no ablation changes phi."""
+def test_an_ablated_factor_is_fixed_at_its_initial_value():
+    """At the start, with the effect sigma(1) and no affinity yet, no ablation changes phi."""
     effect, A = torch.full((2,), 1 / (1 + math.exp(-1))), torch.zeros(2, 2)
     state = types.SimpleNamespace(alpha=torch.ones(2), beta=torch.ones(2, 2))
     for flag in ABLATIONS:

@@ -1,4 +1,4 @@
-"""Memory and the GPU: what can be shown without one."""
+"""Memory and the GPU, as far as they can be tested without one."""
 import sys
 import types
 
@@ -13,13 +13,13 @@ import common
 
 @pytest.fixture
 def model():
-    """A random CLIP that a test may write on."""
+    """A random CLIP that a test may modify."""
     return random_clip(**TINY)
 
 
 def test_a_frozen_encoder_runs_without_gradients(model):
-    """And so in float16 on a GPU without bfloat16; where prompts, weights or images want gradients
-    it does not."""
+    """So it can use float16 on a GPU without bfloat16. It has gradients if prompts, weights or
+    images require them."""
     seen = []
     for part in (model.visual.ln_post, model.ln_final):
         part.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
@@ -37,7 +37,7 @@ def test_a_frozen_encoder_runs_without_gradients(model):
     assert gradients(trained) == [True, True]
     images.requires_grad_()
     assert gradients() == [True, False]
-    model.visual.proj.requires_grad_()              # a copy of CLIP that is trained
+    model.visual.proj.requires_grad_()              # as in a copy of CLIP that is trained
     assert gradients() == [True, True]
 
 
@@ -54,8 +54,8 @@ DOUBLES = {
 
 
 @pytest.mark.parametrize("name", DOUBLES)
-def test_double_precision_is_for_the_cpu_alone(name, monkeypatch):
-    """A GPU may have none (Apple's): only what `.cpu()` has returned is made double."""
+def test_double_precision_is_used_only_on_the_cpu(name, monkeypatch):
+    """A GPU may not support it (Apple's): only what `.cpu()` returned is converted."""
     there, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
 
     def moved(x):
@@ -73,7 +73,7 @@ def test_double_precision_is_for_the_cpu_alone(name, monkeypatch):
 
 
 def test_new_tensors_are_not_filled_with_nan():
-    """Deterministic mode would fill each: 724 times in this step of MmAP."""
+    """Deterministic mode would fill every one: 724 times in this step of MmAP."""
     bench = Bench(types.SimpleNamespace(clip="tiny", device="cpu", repeats=1), "mmap", 3, 5)
     with torch.profiler.profile() as profile:
         bench.train(1)
@@ -83,7 +83,7 @@ def test_new_tensors_are_not_filled_with_nan():
 
 @pytest.mark.parametrize("batch_size, of_tasks, mixed", [(1, 6, 18), (4, 2, 5), (20, 1, 1)])
 def test_every_epoch_has_the_same_number_of_steps(small, batch_size, of_tasks, mixed):
-    """Three tasks of six images: as many as one task needs, or their union."""
+    """Three tasks of six images: as many steps as one task needs, or as their union needs."""
     tasks = small_tasks("a", "b", "c")
     for batches, n in (("tasks", of_tasks), ("mixed", mixed)):
         args = common.Args(batch_size=batch_size, batches=batches, workers=0)
@@ -92,7 +92,7 @@ def test_every_epoch_has_the_same_number_of_steps(small, batch_size, of_tasks, m
 
 
 def test_the_computed_memory_is_that_of_real_tensors(monkeypatch, capsys):
-    """Every byte: fake tensors and real ones are made and freed by the same code."""
+    """To the byte: the same code creates and frees fake and real tensors."""
     words = "--method mmap --tasks 2 --classes 3 --batch-size 2 --precision fp32".split()
     monkeypatch.setattr(sys, "argv", ["bench_memory.py", *words])
     monkeypatch.setattr(bench_memory, "shape_of", lambda name: TINY)

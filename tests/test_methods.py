@@ -1,5 +1,5 @@
-"""What holds for every method: its run, --eval, predict and --resume tell the same numbers; its
-step runs on a GPU, descends on the loss, leaves CLIP alone and enters few functions."""
+"""What holds for every method: a run, --eval, predict and --resume give the same numbers; a step
+runs on a GPU, descends on the loss, leaves CLIP unchanged and calls few functions."""
 import contextlib
 import copy
 import csv
@@ -67,7 +67,7 @@ def method_of(command):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Images in a colour of their class; in the second domain the classes have other colours."""
+    """Images in the colour of their class; in the second domain the classes have other colours."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     for d, domain in enumerate(("drawn", "painted")):
         for k, name in enumerate(("ball", "cup", "hat")):
@@ -80,7 +80,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def line_of(shapes, random_pt):
-    """command -> the whole line of a small training."""
+    """command -> the full command line of a small training run."""
     def line(command):
         known = {field.name for field in fields(method_of(command).Args)}
         line = f"{command} --data {shapes} --clip {random_pt} --shots 2 --seeds 1 2 --device cpu"
@@ -94,7 +94,8 @@ def line_of(shapes, random_pt):
 
 @pytest.fixture(scope="module", params=PARAMETERS)
 def whole(request, line_of, tmp_path_factory):
-    """(command, the folder of a finished run, what it printed); each file as a process, once."""
+    """(command, the folder of a finished run, what it printed); each file runs once as a process.
+    """
     command = request.param
     out = tmp_path_factory.mktemp("whole") / "run"
     first = next(one for one in PARAMETERS if one.split()[0] == command.split()[0])
@@ -120,7 +121,7 @@ def test_a_run_reports_in_its_own_folder(whole):
     result = json.loads((out / "result.json").read_text())
     method, count = method_of(command).name, PARAMETERS[command]
     assert (result["method"], result["tasks"]) == (method, ["drawn", "painted"])
-    with (out / "log.csv").open() as log:               # and tells it as it goes on
+    with (out / "log.csv").open() as log:               # also printed while it runs
         for row in csv.DictReader(log):
             assert re.search(rf"^seed {row['seed']}, {row['phase']}: epoch {row['epoch']} of \d, "
                              rf"loss {float(row['loss']):.4g}$", printed, re.MULTILINE), row
@@ -169,17 +170,17 @@ def test_predicted_classes_have_the_accuracy_of_the_run(whole, shapes):
         assert 100 * sum(hits) / len(hits) == pytest.approx(accuracy[task.name][0])
 
 
-KILLS = [                       # a file, and which of its writes comes too late in the process
+KILLS = [                       # a file, and before which of its writes the run is killed
     ("checkpoint.pt", 1),       # the first epoch is lost
     ("finished.pt", 2),         # the phase's last epoch is in checkpoint.pt, its end is not
-    ("checkpoint.pt", 2),       # in the second epoch of a phase, behind a finished phase or seed
-    ("prompts.pt", 1),          # behind the last phase of a seed
-    ("result.json", 1),         # behind everything
+    ("checkpoint.pt", 2),       # in the second epoch of a phase, after a finished phase or seed
+    ("prompts.pt", 1),          # after the last phase of a seed
+    ("result.json", 1),         # after everything else
 ]
 
 
 def test_killed_again_and_again_a_run_ends_with_the_same_numbers(whole, line_of, tmp_path):
-    """Also where worker processes read the images from the first kill on."""
+    """Also if worker processes read the images after the first kill."""
     command, expected, _ = whole
     out, line = tmp_path / "run", line_of(command)
     for file, nth in KILLS:
@@ -197,7 +198,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_numbers(whole, line_of,
     states, same = (torch.load(folder / "prompts.pt", weights_only=True)["prompts"]
                     for folder in (out, expected))
     for x, y in zip(tree_leaves(states), tree_leaves(same), strict=True):
-        # a regression on features that were encoded in other batches differs in its last digits
+        # a regression on features that were encoded in other batches differs in the last digits
         assert torch.equal(x, y) if command in GRADIENT else torch.allclose(x, y, atol=1e-2)
     assert {path.name for path in out.iterdir()} == {path.name for path in expected.iterdir()}
 
@@ -213,7 +214,7 @@ def prepared(command, line_of, **changes):
 
 
 @pytest.mark.parametrize("command", [one for one in PARAMETERS if one != "common.py zero-shot"])
-def test_training_lowers_the_loss_and_leaves_every_bit_of_clip_alone(command, line_of, small):
+def test_training_lowers_the_loss_and_leaves_clip_bitwise_unchanged(command, line_of, small):
     longer = dict(epochs=10) if command in GRADIENT else {}
     method, args, tasks = prepared(command, line_of, **longer)
     before, run = copy.deepcopy(small.state_dict()), Phases()
@@ -230,9 +231,9 @@ BY_VALUE = {torch.ops.aten.nonzero.default, torch.ops.aten._unique2.default,
 
 
 class GPU(FakeTensorMode):
-    """Tensors on CUDA are fake, and carry their values in `value`; those on the CPU are real.
+    """CUDA tensors are fake and carry their values in `value`; CPU tensors are real.
 
-    What puts both into one operation raises, as it does on a GPU.
+    Mixing both in one operation raises, as it does on a GPU.
     """
 
     def __init__(self):
@@ -244,7 +245,7 @@ class GPU(FakeTensorMode):
         fakes = [x for x in given if isinstance(x, FakeTensor)]
         if not fakes and not any(isinstance(x, torch.device) and x.type == "cuda" for x in given):
             return function(*args, **settings)
-        if not all(hasattr(x, "value") for x in fakes):            # inside of another operation
+        if not all(hasattr(x, "value") for x in fakes):            # inside another operation
             return super().__torch_dispatch__(function, types, args, settings)
 
         def on_cpu(x):
@@ -259,7 +260,7 @@ class GPU(FakeTensorMode):
             return values if torch.is_tensor(values) else fake
 
         values = function(*tree_map(on_cpu, args), **tree_map(on_cpu, settings))
-        if function in BY_VALUE:                                    # the shape is known by now
+        if function in BY_VALUE:                                    # the shape depends on values
             fake = tree_map(self.faked, values)
         else:
             fake = super().__torch_dispatch__(function, types, args, settings)
@@ -273,10 +274,10 @@ class GPU(FakeTensorMode):
 
 
 class Reached(Exception):
-    """A training has computed its loss."""
+    """Training has computed its loss."""
 
 
-# but for mvlpt.py: a module of fake tensors cannot be moved
+# without mvlpt.py: a module of fake tensors cannot be moved
 ON_GPU = [command for command in GRADIENT if not command.startswith("mvlpt")]
 ON_GPU += ["coop_mt.py --surgery pcgrad", "hipro.py --grouping random", "mmap.py --grouping all",
            "mmap.py --no-specific --grouping random"]
@@ -285,8 +286,8 @@ ON_GPU += ["coop_mt.py --surgery pcgrad", "hipro.py --grouping random", "mmap.py
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("command", ON_GPU)
 def test_the_loss_of_a_step_and_the_logits_on_a_gpu(command, line_of):
-    """`train` up to its first gradient, which fake tensors do not have, has the loss of the CPU,
-    and so have the logits of what it trains until there."""
+    """`train` runs up to its first gradient, which fake tensors do not have. Its loss is that of
+    the CPU, and so are the logits of its prompts."""
     model = random_clip(**dict(TINY, vision_layers=2, transformer_layers=2))
     method, args, tasks = prepared(command, line_of)
     B, T, losses, logits = 4 * len(tasks), len(tasks) - 1, [], []
@@ -313,7 +314,7 @@ def test_the_loss_of_a_step_and_the_logits_on_a_gpu(command, line_of):
     assert not logits or logits[1] == pytest.approx(logits[0], abs=1e-3)
 
 
-PROMPTS = {     # command -> the text and image prompts of task t, [L, 1, n, d], where it has them
+PROMPTS = {     # command -> the text and image prompts of task t, [L, 1, n, d], if it has them
     "coop_mt.py": lambda prompts, t: (prompts.text_prompts(), None),
     "vpt_mt.py": lambda prompts, t: (None, prompts.image_prompts()[:, None]),
     "maple_mt.py": lambda prompts, t: (prompts.text_prompts()[:, None],
@@ -325,11 +326,11 @@ PROMPTS = {     # command -> the text and image prompts of task t, [L, 1, n, d],
 
 @pytest.mark.parametrize("command", PROMPTS)
 def test_the_first_step_descends_on_the_sum_of_the_tasks_cross_entropies(command, line_of, small):
-    """p <- p - lr (sum_t grad L_t + 5e-4 p), with every task by itself: MmAP, Eq. (5) and (11)."""
+    """p <- p - lr (sum_t grad L_t + 5e-4 p), with each task computed alone: MmAP, Eq. (5), (11)."""
     method, args, tasks = prepared(command, line_of, epochs=1, batch_size=6, lr=0.1)
     tasks[1].class_names = ["tree", "house", "very long name"]
     steps = []
-    for epochs in (1, 0):                       # the same start, and no step
+    for epochs in (1, 0):                       # the same start, without a step
         run = Phases()
         if not epochs:
             run.epochs = lambda *_, **__: ()
@@ -359,7 +360,7 @@ def test_the_first_step_descends_on_the_sum_of_the_tasks_cross_entropies(command
         assert g.any()
 
 
-def test_one_step_of_mmap_enters_few_functions_of_ours(line_of):
+def test_one_step_of_mmap_calls_few_of_our_functions(line_of):
     """From the call of `batches` to `optimizer.step`, each counted once."""
     entered, inside = {}, False
 
@@ -408,7 +409,7 @@ def test_help_shows_the_paper_and_every_setting_with_its_default(script):
                 "with minidomainnet: batch_size 4\n") in said
 
 
-def test_the_vectors_before_a_class_name_may_depend_on_the_tasks():
+def test_the_number_of_vectors_before_a_class_name_may_depend_on_the_tasks():
     method = replace(method_of("coop_mt.py"), n_text=lambda args, tasks: 30 * len(tasks))
     with pytest.raises(common.UserError, match="take 12. of the 77 text positions"):
         common.main(method, "--shots 1 --device cpu".split())
@@ -416,15 +417,15 @@ def test_the_vectors_before_a_class_name_may_depend_on_the_tasks():
 
 # ------------------------------------------------------------------------------------ whole scripts
 
-SECONDS = {             # what a script may take on the built-in benchmark, 2 idle cores
+SECONDS = {             # time limit of a script on the built-in benchmark, 2 idle cores
     "coop_mt.py": 180, "vpt_mt.py": 300, "maple_mt.py": 300, "mvlpt.py": 300, "hipro.py": 300,
     "mmap.py": 300, "jscpt.py": 480, "mvlpt.py --transferability": 900}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SECONDS)
-def test_the_built_in_defaults_end_in_time_and_within_2_gb_or_jscpts_3(command, tmp_path):
-    code = (            # the resource module would count what pytest had before the fork, too
+def test_the_built_in_defaults_end_in_time_and_within_2_gb_or_3_for_jscpt(command, tmp_path):
+    code = (            # the resource module would also count pytest's memory before the fork
         "import re, runpy, sys; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "status = open('/proc/self/status').read(); "

@@ -1,5 +1,5 @@
-"""MmAP: every equation, the grouping, the two phases, and a file name that the standard library has
-too."""
+"""MmAP: every equation, the grouping, the two phases, and a file name that the standard library
+also has."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def count(module):
 
 
 def randomised(module):
-    """Values away from their start, where scaling matrices are one."""
+    """Random values in place of the initial ones, where scaling matrices are one."""
     generator = torch.Generator().manual_seed(1)
     for p in module.parameters():
         p.data = torch.randn(p.shape, generator=generator)
@@ -101,7 +101,7 @@ def test_groups_are_the_best_of_all_ways_to_label_the_tasks(N, n_groups, method)
 
 
 @BOTH
-def test_two_blocks_of_tasks_are_found_also_by_the_greedy_way(method):
+def test_two_blocks_of_tasks_are_also_found_by_the_greedy_search(method):
     for N in (4, 24):
         side = torch.arange(N) % 2
         similarity = torch.where(side[:, None] == side[None], 1.0, -0.5)
@@ -129,7 +129,7 @@ def test_groupings():
 
 
 def task_losses(model, tasks, batch, text_prompts, image_prompts):
-    """Every task's cross-entropy through encoders of its own; prompts [K, n, d] per task."""
+    """Every task's cross-entropy from separate encoder passes; prompts [K, n, d] per task."""
     losses, (images, labels, task) = [], batch
     for t, (one, text, image) in enumerate(zip(tasks, text_prompts, image_prompts)):
         w = common.encode_text(model, common.tokenize(one.class_names, text.shape[1]), text)
@@ -140,7 +140,7 @@ def task_losses(model, tasks, batch, text_prompts, image_prompts):
 
 
 def test_the_first_phase_averages_the_snapshots_and_descends_on_the_sum(small):
-    """Half of three epochs, rounded up, of one step each, walked by hand, task by task."""
+    """Half of three epochs, rounded up, of one step each, computed by hand task by task."""
     args, tasks, run = settings(epochs=3), small_tasks("a", "b"), Phases()
     tasks[1].class_names = ["tree", "house", "very long name"]
     measured = mmap.measure_similarity(args, small, tasks, run)
@@ -195,7 +195,7 @@ def test_in_mixed_batches_a_pair_is_averaged_over_the_steps_with_both_tasks(smal
 
 
 def test_no_ablation_changes_the_groups(small):
-    """The first phase has random numbers of its own: the same similarity to the bit."""
+    """The first phase has its own seed, so the similarity is bitwise the same."""
     found = []
     for changes in ({}, dict(specific=False), dict(prompt="mlp")):
         common.seed_everything("elsewhere", len(found))
@@ -212,7 +212,7 @@ def test_group_and_task_prompts_stand_side_by_side_in_every_layer(small):
     prompts = mmap.build(settings(), small, small_tasks("a", "b", "c"))
     prompts.set_groups([[0, 2], [1]])
     all_of_them = (*prompts.shared, *prompts.specific)
-    assert len({str(one.P_s) for one in all_of_them}) == 5      # each has a start of its own
+    assert len({str(one.P_s) for one in all_of_them}) == 5      # each has its own start
     randomised(prompts)
     text, image = prompts.text_prompts(), prompts.image_prompts()
     for task, group in [(0, 0), (1, 1), (2, 0)]:
@@ -241,8 +241,8 @@ def test_without_specific_prompts_a_group_has_one_set_of_texts(small):
 
 @pytest.mark.parametrize("specific", [True, False])
 def test_one_step_with_all_tasks_batched_equals_one_step_task_by_task(small, specific):
-    """Eq. (11)-(12): a group's MmAP gets the sum of its tasks' gradients, a task's its own. The
-    first two tasks share class names, the third does not."""
+    """Eq. (11)-(12): a group's MmAP gets the sum of its tasks' gradients, a task's MmAP only its
+    own. The first two tasks share class names, the third does not."""
     tasks, args = small_tasks("a", "b", "c"), settings(batch_size=2, specific=specific)
     tasks[2].class_names = ["tree", "house", "very long name"]
     common.seed_everything(1)
@@ -283,10 +283,10 @@ def test_one_task_says_that_there_is_nothing_to_group_and_goes_on(small, capsys)
     assert prompts.groups() == [[0]]
 
 
-# ------------------------------------------------------- the name that the standard library has too
+# ------------------------------------------------------ the name that the standard library also has
 
 def in_the_folder(*words, **more):
-    """What a Python process in this folder prints."""
+    """The output of a Python process in this folder."""
     command = [sys.executable, "-W", "ignore", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280,
                           env=dict(os.environ, CUDA_VISIBLE_DEVICES="", **more))
@@ -295,7 +295,7 @@ def in_the_folder(*words, **more):
 
 
 def test_torch_numpy_and_the_standard_mmap_import_from_this_folder():
-    """The standard module comes first here, and in every script behind torch."""
+    """The standard module is imported before torch here, and after it in every script."""
     standard = "import mmap; from mmap import ACCESS_READ; print(mmap.mmap(-1, 1)[0], ACCESS_READ)"
     method = "import numpy, torch, common; print(common.load_method('mmap').similarity.__module__)"
     assert in_the_folder("-c", f"{standard}; {method}") == "0 1\nmethod_mmap\n"
@@ -303,7 +303,7 @@ def test_torch_numpy_and_the_standard_mmap_import_from_this_folder():
 
 @pytest.mark.parametrize("start", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_worker_processes_start_from_this_folder(start, tmp_path):
-    """A script in this folder, run as `mmap.py` is, whose workers import everything again."""
+    """A script that runs like `mmap.py`, whose workers import everything again."""
     (tmp_path / "loader.py").write_text(f"""
 import runpy, sys, torch, multiprocessing
 if __name__ == "__main__":
@@ -319,7 +319,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_mmap_itself_reads_images_with_workers(start, tmp_path):
-    """mmap.py as the main program, more than 400 image files, so that it starts workers itself."""
+    """mmap.py as the main program; with more than 400 image files it starts workers by itself."""
     folders = [f"{domain}/{name}" for domain in ("drawn", "painted") for name in ("cup", "hat")]
     data = make_tree(tmp_path / "shapes", dict.fromkeys(folders, 120), size=12)
     code = (f"import multiprocessing, runpy, sys; multiprocessing.set_start_method({start!r}); "

@@ -31,7 +31,7 @@ def settings(words=""):
 
 
 def matrix(text):
-    """Numbers, their rows parted by semicolons."""
+    """A matrix from numbers, with semicolons between rows."""
     return torch.tensor([[float(x) for x in row.split()] for row in text.split(";")])
 
 
@@ -42,9 +42,9 @@ def told(groups):
 
 @pytest.fixture
 def trained(small, tmp_path):
-    """Train on tasks, or on small ones of some names: (tasks, flags) -> prompts.
+    """Train on tasks, or on small tasks with given names: (tasks, flags) -> prompts.
 
-    Each time in a folder of its own; `.run`: the last run, `.args`: its settings.
+    Each call has its own folder; `.run`: the last run, `.args`: its settings.
     """
     folders = (tmp_path / f"trained-{i}" for i in itertools.count())
 
@@ -67,14 +67,14 @@ def phases(run):
 
 
 def same(one, other):
-    """Whether two prompts, or an own one and a state, are equal to the bit."""
+    """Whether two prompts, or a prompt and a state dict, are bitwise equal."""
     one = one.state_dict()
     other = getattr(other, "state_dict", lambda: other)()
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def result_file(folder, names, words, *accuracy):
-    """The result.json of a run on some tasks with flags `words`, with a matrix for each seed."""
+    """Write the result.json of a run on some tasks with flags `words`, with a matrix per seed."""
     seeds = list(range(1, 1 + len(accuracy)))
     result = dict(method="mvlpt", tasks=list(names), seeds=seeds, accuracy={})
     result["settings"] = dict(asdict(settings(words)), backbone="tiny")
@@ -85,13 +85,13 @@ def result_file(folder, names, words, *accuracy):
 
 
 def prompts_file(run, prompts, tasks):
-    """The prompts.pt of a run with these prompts."""
+    """Write the prompts.pt of a run with these prompts."""
     run.save_prompts({"": prompts}, tasks)
     return run.folder / "prompts.pt"
 
 
 def new_prompt(small, words):
-    """A prompt away from its small start."""
+    """A prompt with larger values than its initial ones."""
     prompt = mvlpt.build(settings(words), small, small_tasks("a")).targets[0]
     for p in prompt.parameters():
         p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -148,7 +148,7 @@ def block_by_hand(U, w, name, heads):
 
 @pytest.mark.parametrize("heads, layers, width", [(1, 1, 128), (2, 2, 32)])
 def test_the_unified_prompt_equals_a_forward_pass_written_out(small, heads, layers, width):
-    """Maps in, blocks over all 2 + 3 * 2 vectors at once, maps out; Figure 6's shapes."""
+    """Input maps, blocks over all 2 + 3 * 2 vectors at once, output maps; Figure 6's shapes."""
     prompt = new_prompt(small, f"--heads {heads} --layers {layers} --width {width}")
     w = {name: p.detach().double() for name, p in prompt.named_parameters()}
     U = torch.cat([linear(w["U_T"], w, "text_in"), linear(w["U_V"].reshape(6, 64), w, "image_in")])
@@ -164,7 +164,7 @@ def test_the_unified_prompt_equals_a_forward_pass_written_out(small, heads, laye
 
 
 def features_by_hand(model, task, prompt, x):
-    """Unit-length text and image features of one task alone; CLIP's own encoders where a kind has
+    """Unit-length text and image features of one task alone; CLIP's own encoders if a kind has
     no prompts. Under `vpt` the text is "a photo of a [class].", whatever the task's template."""
     text, image = prompt()
     if text is None:
@@ -208,8 +208,8 @@ def groups(transfer, size):
 
 
 def test_groups_by_hand():
-    """A target's partners are the best of its column, not of its row; it is in its group even where
-    others do better on it."""
+    """A target's partners are the best of its column, not of its row; the target is in its group
+    even if other tasks do better on it."""
     transfer = matrix("1 .2 .9 .5; .3 1 .1 .5; .8 .7 1 .5; .4 .9 .2 1")
     assert groups(transfer, 1) == "0 1 2 3"
     assert groups(transfer, 2) == "02 13 20 30"
@@ -246,7 +246,7 @@ def test_the_study_scores_every_tasks_prompt_on_every_tasks_test_images(
     best = by_hand.max(dim=0).values.clamp(min=1e-9)
     assert torch.allclose(torch.tensor(found["transfer"]), by_hand / best)
     assert found["transfer_images"] == "test"
-    held_out = settings("--transferability --validate")     # the frame has put them in their place
+    held_out = settings("--transferability --validate")     # common.py made these the test images
     assert mvlpt.transfer_images(held_out, three[0]) == (three[0].test, "held-out")
     assert found["groups"] == [["a"], ["b"], ["c"]]
     how = mvlpt.classify(trained.args, small, three, prompts)
@@ -305,9 +305,9 @@ def test_what_is_held_out_is_not_trained_on(trained, monkeypatch):
 # -------------------------------------------------------------------- the checkpoint that is kept
 
 def planted(monkeypatch, **scripts):
-    """Let the held-out parts say what `scripts` has: tasks' names = rows of scores, one an epoch.
+    """Replace held-out scores by those in `scripts`: tasks' names = rows of scores, one per epoch.
 
-    Returns the prompts seen, {tasks' names: a list of states}.
+    Returns the prompts scored, {tasks' names: a list of states}.
     """
     seen = {}
 
@@ -321,7 +321,7 @@ def planted(monkeypatch, **scripts):
     return seen
 
 
-def test_each_target_keeps_its_own_best_epoch_and_the_first_of_equals(trained, monkeypatch):
+def test_each_target_keeps_its_own_best_epoch_and_of_ties_the_first(trained, monkeypatch):
     """Stage 1 is best on average in its second epoch; then the targets in the third and first."""
     seen = planted(monkeypatch, ab="50 10; 20 60; 70 5; 60 20; 30 80; 10 20; 40 80; 40 1")
     prompts = trained("a b", "--prompt vpt --group-size all --epochs 4 --lr 0.1")
@@ -333,9 +333,9 @@ def test_each_target_keeps_its_own_best_epoch_and_the_first_of_equals(trained, m
     assert [row["val"] for row in trained.run.rows()] == [30, 40, 37.5, 40, 55, 15, 60, 20.5]
 
 
-def test_group_size_best_takes_each_targets_best_size_and_of_equals_the_smallest(
+def test_group_size_best_takes_each_targets_best_size_and_of_ties_the_smallest(
         trained, tmp_path, monkeypatch):
-    """Table 2: groups of 1, 2 and 3; a does best alone, b in a pair, c with both, d like alone."""
+    """Table 2: groups of 1, 2 and 3; a does best alone, b in a pair, c with both, d ties."""
     transfer = "9 8 7 1; 8 9 8 1; 7 7 9 1; 1 1 1 9"
     path = result_file(tmp_path, "abcd", "--prompt vpt", transfer)
     seen = planted(monkeypatch, a="50; 60", b="10; 20", c="1; 1", d="30; 20",
@@ -352,7 +352,7 @@ def test_group_size_best_takes_each_targets_best_size_and_of_equals_the_smallest
 # ------------------------------------------------------------------------- batches and the losses
 
 def learned(small, tasks, words):
-    """Train on tasks together for three epochs: the settings, the start, what each step logs."""
+    """Train on tasks together for three epochs: (settings, initial prompt, each step's log)."""
     run, args = Phases(), settings(f"--epochs 3 --lr 0.05 {words}")
     common.seed_everything("start")
     start = mvlpt.build(args, small, tasks).source
@@ -362,10 +362,10 @@ def learned(small, tasks, words):
 
 @pytest.mark.parametrize("kind, batches", [*[(kind, "mixed") for kind in KINDS], ("coop", "tasks")])
 def test_the_loss_is_the_mean_over_the_images_of_a_step(small, kind, batches):
-    """Two tasks, of 6 images and 4 classes and of 2 images and 3 classes; five images a step.
+    """Two tasks, of 6 images and 4 classes and of 2 images and 3 classes; five images per step.
 
     Mixed: an epoch is ceil(8 / 5) = 2 steps, and two of six steps have no image of the second task.
-    The losses of later steps tell that Adam took the same steps, at the rates written here.
+    The losses of later steps show that Adam took the same steps, at the rates written here.
     """
     tasks = small_tasks("one", "two")
     tasks[0].class_names = ["tree", "house", "very long name", "a fourth class"]
@@ -449,20 +449,20 @@ def test_adaptation_starts_at_the_source_prompt_or_at_a_random_one(small, traine
     assert apart(moved.source, random) > 1e-3
 
 
-def test_a_source_prompt_given_back_leads_to_the_same_targets(trained):
+def test_a_saved_source_prompt_leads_to_the_same_targets(trained):
     whole = trained("a b")
     path = prompts_file(trained.run, whole, small_tasks("a", "b"))
     assert same(trained("a b", f"--init {path}"), whole)
     assert phases(trained.run) == ["target a", "target b"]
 
 
-def test_killed_in_every_epoch_a_training_ends_where_it_would_have_ended(three, trained):
+def test_training_killed_in_every_epoch_ends_where_it_would_have_ended(three, trained):
     """Three tasks alone, the transfer row by row, the source, and groups of 1, 2 and 3."""
     words = "--prompt coop --lr 0.05 --group-size best"
     expected, whole = trained(three, words), trained.run.folder
     n = len(trained.run.rows()) + 3                             # the transfer logs nothing
     words += f" --out {whole.parent}/killed"
-    for _ in range(n - 1):                      # each keeps one epoch more and loses the next
+    for _ in range(n - 1):                      # each keeps one more epoch and loses the next
         with killed(before="checkpoint.pt", nth=2):
             trained(three, words)
         words = words.removesuffix(" --resume") + " --resume"
@@ -472,8 +472,9 @@ def test_killed_in_every_epoch_a_training_ends_where_it_would_have_ended(three, 
 
 # --------------------------------------------------------------------------- files of other runs
 
-def test_a_seed_takes_its_own_matrix_and_of_it_the_tasks_in_question(three, trained, tmp_path):
-    """What one seed holds out another may test on. The file has the tasks in another order."""
+def test_a_seed_takes_its_own_matrix_and_from_it_only_its_tasks(three, trained, tmp_path):
+    """One seed may test on images that another holds out. The file has the tasks in another order.
+    """
     path = result_file(tmp_path, "xcab", "--prompt coop", "0 0 0 0; 0 9 2 8; 0 8 9 1; 0 1 1 9",
                        "0 0 0 0; 0 9 1 1; 0 1 9 8; 0 1 8 9")
     words = f"--prompt coop --source none --group-size 2 --transfer {path} --epochs 1"
@@ -487,7 +488,7 @@ def test_a_seed_takes_its_own_matrix_and_of_it_the_tasks_in_question(three, trai
 
 
 def test_a_resumed_run_reads_neither_file_again(trained, tmp_path):
-    """Killed in stage 2, with both files gone before it goes on."""
+    """Killed in stage 2; both files are deleted before it resumes."""
     source = trained("a b c", "--prompt coop --adapt-epochs 0")
     init = prompts_file(trained.run, source, small_tasks("a", "b", "c"))
     path = result_file(tmp_path, "abc", "--prompt coop", "9 8 5; 8 9 1; 1 1 9")
@@ -512,7 +513,7 @@ def result_of(folder):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory, random_pt):
-    """A tree of four domains, and words of a short run on the first two of them."""
+    """A tree of four domains, and the flags of a short run on the first two of them."""
     folder = tmp_path_factory.mktemp("shapes")
     domains = ("drawn", "painted", "photo", "ink")
     make_tree(folder, {f"{d}/{c}": 7 for d in domains for c in ("cup", "hat")})
@@ -537,7 +538,7 @@ def other(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path):
-    """Words are rejected by one line that says all of some words, and nothing is written."""
+    """Check that flags are rejected with one line that has some words, and write nothing."""
     def refused(words, *says):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(common.UserError) as refusal:
@@ -575,7 +576,7 @@ def test_other_source_tasks_train_the_source_prompt(shapes, other, tmp_path):
     assert result["settings"]["source"] == str(other)
 
 
-def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(
+def test_a_study_plots_its_matrix_and_gives_it_to_a_grouped_run(
         shapes, tmp_path, capsys, refused):
     folder, words = shapes
     words = f"{words} --data {folder} --prompt coop"
@@ -612,14 +613,14 @@ def test_a_study_draws_its_matrix_and_gives_it_to_a_grouped_run(
     ("--group-size 2 --data ALL --transfer RUN/result.json", "no transfer matrix: give the"),
     ("--group-size 2 --data ALL --transfer RUN/log.csv", "log.csv"),
     ("--eval RUN/prompts.pt --data a=ALL/drawn,b=ALL/ink", "another order")])
-def test_files_of_other_runs_that_do_not_fit(shapes, finished, refused, words, says):
+def test_files_of_other_runs_that_do_not_fit_are_rejected(shapes, finished, refused, words, says):
     words = words.replace("RUN", str(finished)).replace("ALL", str(shapes[0]))
     prompt = "" if "--eval" in words else f"{shapes[1]} --prompt coop"
     refused(f"{prompt} {words}", says)
 
 
 @pytest.mark.parametrize("accuracy", [[[[1, 2], [3, 4]]], [[["x"] * 4] * 4]])
-def test_a_damaged_transfer_matrix_is_refused(shapes, finished, tmp_path, refused, accuracy):
+def test_a_damaged_transfer_matrix_is_rejected(shapes, finished, tmp_path, refused, accuracy):
     changed = dict(tasks=["drawn", "painted", "photo", "ink"], transfer_accuracy=accuracy)
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result_of(finished) | changed))
@@ -631,7 +632,7 @@ def test_a_damaged_transfer_matrix_is_refused(shapes, finished, tmp_path, refuse
     ("settings", dict(source="none"), "without stage 1"),
     ("prompts", {1: None}, "cannot be used"),
     ("method", "coop_mt", "coop_mt")])
-def test_a_file_without_a_source_prompt_is_refused(
+def test_a_file_without_a_source_prompt_is_rejected(
         shapes, finished, tmp_path, refused, key, value, says):
     saved, path = torch.load(finished / "prompts.pt", weights_only=True), tmp_path / "prompts.pt"
     saved[key] = value if key == "method" else saved[key] | value
@@ -645,20 +646,20 @@ def test_an_undecodable_source_image_is_found_before_anything_is_written(shapes,
     refused(f"{shapes[1]} --source {other}", path, "cannot be decoded")
 
 
-def test_a_source_image_that_a_target_tests_on_is_refused(shapes, tmp_path, refused):
-    """A link to a target's folder, as a task of another name: it is split at other places."""
+def test_a_source_image_that_a_target_tests_on_is_rejected(shapes, tmp_path, refused):
+    """A link to a target's folder, as a task with another name, so it is split differently."""
     (tmp_path / "link").symlink_to(shapes[0] / "drawn", target_is_directory=True)
     refused(f"{shapes[1]} --source sketched={tmp_path}/link", "drawn")
 
 
-def test_a_source_prompt_that_has_seen_what_a_target_tests_on_is_refused(
+def test_a_source_prompt_trained_on_a_targets_test_images_is_rejected(
         shapes, finished, refused):
-    """A task of another name is split at other places."""
+    """A task with another name is split differently."""
     words = f"{shapes[1]} --prompt coop --init {finished}/prompts.pt"
     refused(f"{words} --data x={shapes[0]}/drawn", "the source prompt in", "test images of x")
 
 
-def test_a_run_goes_on_with_the_source_tasks_that_it_began_with(shapes, other, tmp_path):
+def test_a_run_resumes_only_with_the_source_tasks_it_started_with(shapes, other, tmp_path):
     def rename(old, new):
         for domain in ("photo", "sketch"):
             (other / domain / old).rename(other / domain / new)

@@ -1,5 +1,5 @@
-"""The lists of the papers' commands and of the built-in results, and what docstrings and the README
-show, are accepted and run."""
+"""The commands in the lists for the papers and the built-in results, in docstrings and in the
+README are accepted; the README's code runs."""
 import json
 import os
 import re
@@ -30,7 +30,7 @@ def commands_of(file):
 
 
 def settings_of(line):
-    """The settings of a run as its own parser reads a command; touches no data."""
+    """The settings that a command's own parser reads from it; touches no data."""
     python, file, *words = shlex.split(line, comments=True)
     assert python == "python", line
     name = file.removesuffix(".py")
@@ -50,7 +50,7 @@ def listed():
 
 
 def test_the_commands_of_the_results_run_at_the_built_in_defaults():
-    """Three seeds or more, test images, no setting of training; each to a folder of its own."""
+    """Three seeds or more, test images, no training settings; each with its own folder."""
     live = commands_of("builtin_commands.txt")
     assert len(live) > 30 and len({line.split("--out ")[1] for line in live}) == len(live)
     for line in live:
@@ -60,7 +60,7 @@ def test_the_commands_of_the_results_run_at_the_built_in_defaults():
         assert not set(line.split()) & {"--validate", "--lr", "--epochs", "--batch-size"}, line
 
 
-def test_every_papers_command_has_a_folder_and_settings_of_its_own(listed):
+def test_every_papers_command_has_its_own_folder_and_settings(listed):
     for line, found in listed.items():
         assert found["seeds"] == (1, 2, 3) and (found["split"] or found["shots"]), line
         assert re.fullmatch(r"python [\w ./+-]+ --out runs/papers/[\w ./+-]+", line)    # no quotes
@@ -79,7 +79,7 @@ def test_every_papers_command_names_benchmarks_and_sources_that_exist(listed):
 
 
 def test_the_commands_fill_every_column_of_the_papers_tables(listed):
-    """Every column of data/paper_results.json stands in the closing table of a command."""
+    """Every column of data/paper_results.json appears in the closing table of a command."""
     shown = []
     for settings in listed.values():
         shown += common.paper_columns(dict(settings=settings))[0]
@@ -106,7 +106,7 @@ def test_the_commands_of_a_docstring_are_accepted(name):
 
 
 def commands_in(text):
-    """The commands of a text: indented lines; after a backslash a command goes on."""
+    """The commands of a text: indented lines; a backslash continues a command."""
     return re.findall(r"^    (python \w+\.py.*)$", text.replace("\\\n", " "), re.MULTILINE)
 
 
@@ -114,7 +114,7 @@ def test_the_commands_of_the_readme_are_accepted():
     found = commands_in(README)
     assert len(found) > 8
     for line in found:
-        if "--eval" not in line:                # of a run that the README has made before
+        if "--eval" not in line:                # of a run that the README made before
             settings_of(line)
 
 

@@ -32,9 +32,9 @@ INCONSISTENT = {
 }
 
 
-def test_a_printed_average_is_that_of_its_rows_but_for_three_that_the_papers_print_so():
-    """Rows and average are rounded each, so the average may be off by a unit of the last digit, and
-    no more."""
+def test_every_printed_average_is_that_of_its_rows_except_three():
+    """Rows and average are each rounded, so the average may be off by one unit in the last digit,
+    but no more."""
     found, checked = {}, 0
     for c in COLUMNS:
         rows = {task: Decimal(text.split(" ± ")[0]) for task, text in c["results"].items()}
@@ -88,7 +88,7 @@ def test_a_papers_number_stands_beside_a_run_with_its_settings_and_no_other(caps
 
 
 def write_run(folder, seeds=(1, 2), zero_shot=None, method="coop_mt", **changes):
-    """The result.json of a run; accuracy 60 and 62 on A, 40 and 41 on B, zero-shot 50 and 30."""
+    """Write a run's result.json; accuracy 60 and 62 on A, 40 and 41 on B, zero-shot 50 and 30."""
     settings = dict(method=method, variant=None, data="pets", split=None, shots=4, clip="tiny",
                     epochs=15, n_ctx=16, precision="auto", validate=False)
     settings.update({key: changes.pop(key) for key in list(changes) if key in settings})
@@ -152,7 +152,7 @@ def test_a_runs_own_folder_is_named_after_its_tasks_and_what_it_scores(data, val
     assert run.folder.name == name
 
 
-def test_runs_on_other_test_images_or_in_another_precision_stand_apart(tmp_path, capsys):
+def test_runs_on_other_test_images_or_in_another_precision_are_kept_apart(tmp_path, capsys):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", seeds=[2, 3], accuracy=dict(A=[1.0, 1.0], B=[1.0, 1.0]),
               tests=["others", "of seed 3"])
@@ -165,7 +165,7 @@ def test_runs_on_other_test_images_or_in_another_precision_stand_apart(tmp_path,
 
 
 def test_differences_to_a_baseline_are_paired_by_seed(tmp_path, capsys):
-    """Averages 50, 51.5 of two seeds against 53, 52.5 and one seed more: +3 and +1."""
+    """Averages 50 and 51.5 of two seeds against 53, 52.5 and a third seed: +3 and +1."""
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", method="mmap", seeds=[1, 2, 3],
               accuracy=dict(A=[66.0, 65.0, 9.0], B=[40.0, 40.0, 9.0]))
@@ -186,8 +186,8 @@ def test_zero_shot_clip_is_paired_by_seed_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_the_zero_shot_column_is_the_mean_over_all_seeds_of_the_table(tmp_path, capsys, first):
-    """One run with seeds 1, 2 and one with 2, 3: each seed counts once, in the rows and on average,
-    whichever run finished first."""
+    """One run with seeds 1, 2 and one with 2, 3: each seed counts once, in the rows and in the
+    average, whichever run finished first."""
     write_run(tmp_path / "a", zero_shot=dict(A=[10.0, 40.0], B=[30.0, 30.0]))
     write_run(tmp_path / "b", method="mmap", seeds=[2, 3],
               zero_shot=dict(A=[40.0, 70.0], B=[30.0, 90.0]))
@@ -198,14 +198,14 @@ def test_the_zero_shot_column_is_the_mean_over_all_seeds_of_the_table(tmp_path, 
 
 
 def test_the_settings_of_another_benchmark_do_not_change_a_label(tmp_path, capsys):
-    """A method runs with other epochs on other data; only twins on one benchmark are told apart."""
+    """A method has other epochs on other data; labels only distinguish runs on one benchmark."""
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", data="minidomainnet", clip="ViT-B/16", epochs=5)
     rows, _ = table(capsys, tmp_path)
     assert rows.count(["zero-shot", "CoOp-MT"]) == 2
 
 
-def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, capsys):
+def test_of_two_runs_with_the_same_seed_the_later_counts_and_a_line_says_so(tmp_path, capsys):
     write_run(tmp_path / "z", seeds=[1], accuracy=dict(A=[10.0], B=[10.0]))
     write_run(tmp_path / "a", seeds=[1], accuracy=dict(A=[20.0], B=[20.0]))
     os.utime(tmp_path / "z" / "result.json", (1, 1))
@@ -213,9 +213,9 @@ def test_of_two_runs_of_a_seed_the_later_counts_and_a_line_says_so(tmp_path, cap
     assert rows[2] == ["A", "50.0", "20.0"] and f"{tmp_path / 'z'} has a seed" in err
 
 
-def test_figures_against_parameters_and_shots_show_what_the_runs_had(tmp_path, monkeypatch):
-    """Zero-shot CLIP has 50 and 30, so that A gains 1 and 11, B 20 and 30; methods stand side by
-    side, a method and its variant in one colour."""
+def test_figures_over_parameters_and_shots_show_the_runs_results(tmp_path, monkeypatch):
+    """Zero-shot CLIP has 50 and 30, so A gains 1 and 11, B 20 and 30; methods are side by side, a
+    method and its variant have one colour."""
     for shots, low in ((1, 50.0), (4, 60.0)):
         accuracy = dict(A=[low, low + 2], B=[low, low])
         write_run(tmp_path / f"{shots}", shots=shots, accuracy=accuracy)
@@ -288,8 +288,8 @@ def test_a_task_has_the_templates_of_its_name_or_benchmark_or_the_general_ones()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tree of two tasks and a random backbone, the words for both, and the
-    backbone."""
+    """(a folder with a tree of two tasks and a random backbone, the flags for both, the backbone,
+    its preprocessing)"""
     place = tmp_path_factory.mktemp("place")
     torch.save(random_clip(**TINY).state_dict(), place / "random.pt")
     make_tree(place / "shapes", {f"{domain}/{name}": 9 for domain in ("drawn", "painted")
@@ -298,9 +298,9 @@ def place(tmp_path_factory):
     return place, words, *common.load_clip(str(place / "random.pt"))
 
 
-def test_the_probe_is_scikit_learns_regression_with_a_strength_from_held_out_images(place, tmp_path,
-                                                                                   capsys):
-    """By hand: features at unit length, C chosen on the held-out part, then fitted on all."""
+def test_the_probe_is_scikit_learns_regression_with_c_chosen_on_held_out_images(place, tmp_path,
+                                                                                capsys):
+    """By hand: unit-length features, C chosen on the held-out part, then fitted on all images."""
     from sklearn.linear_model import LogisticRegression
 
     folder, words, model, _ = place
@@ -330,7 +330,7 @@ def test_the_probe_is_scikit_learns_regression_with_a_strength_from_held_out_ima
     assert capsys.readouterr().out.strip("\n").startswith(table + "\n")
 
 
-def test_of_two_classes_the_probe_has_scikit_learns_chances_and_none_for_a_third(small):
+def test_with_two_classes_the_probe_has_scikit_learns_probabilities_and_0_for_a_third(small):
     from sklearn.linear_model import LogisticRegression
 
     [task] = small_tasks("a")
@@ -378,7 +378,7 @@ def test_zero_shot_ends_with_the_closing_table_and_a_result(place, tmp_path, cap
     ("jscpt", "affinity-1 beta-1 causal-1 schedule-1")])
 def test_every_figure_of_a_run_of_one_epoch_shows_something(name, drawn, place, tmp_path,
                                                             monkeypatch):
-    """Points have markers, epochs are whole numbers, and legends stand beside the axes."""
+    """Points have markers, epochs are whole numbers, and legends are beside the axes."""
     figures = {}
     monkeypatch.setattr(common, "save_figure",
                         lambda figure, path: figures.update({path.stem: figure}))
@@ -395,7 +395,7 @@ def test_every_figure_of_a_run_of_one_epoch_shows_something(name, drawn, place, 
                 assert [x for x in axis.get_xticks() if low < x < high] == [1]
             if axis.get_legend():
                 assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
-            for image in axis.images:               # the diagonal is outside of the colour scale
+            for image in axis.images:               # the diagonal is outside the colour scale
                 assert image.get_array().mask.tolist() == [[True, False], [False, True]]
     bars = [text.get_text() for text in figures["accuracy"].axes[0].get_legend().get_texts()]
     assert bars == ["zero-shot CLIP", METHODS[name].title]
@@ -417,7 +417,7 @@ CLASSES = ["cat", "cup", "dog", "hat", "owl", "red ball"]
 
 
 def randomised(method):
-    """A method whose prompts are random numbers in place of trained ones."""
+    """A method with random prompts in place of trained ones."""
     def train(args, model, tasks, run):
         prompts = method.build(args, model, tasks)
         if method.name == "mmap":

@@ -1,7 +1,7 @@
-"""What happens to a run from outside: Ctrl-C, SIGKILL at any moment, a full disk, a GPU without
-memory, damaged files; what phases keep; and what an import costs.
+"""What happens to a run from outside: Ctrl-C, SIGKILL at any moment, a full disk, a full GPU,
+damaged files; what phases save; and how long an import takes.
 
-Images that cannot be decoded, wrong flags and folders that are taken are in test_bad_input.py.
+Undecodable images, wrong flags and --out folders that are in use are in test_bad_input.py.
 """
 import contextlib
 import errno
@@ -25,7 +25,7 @@ import common
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, random_pt):
-    """The settings of a small training on files enough for worker processes."""
+    """The flags of a small training run on enough files for worker processes."""
     folders = [f"{d}/{c}" for d in ("drawn", "painted") for c in ("cup", "hat")]
     data = make_tree(tmp_path_factory.mktemp("data") / "shapes", dict.fromkeys(folders, 110))
     return f"--data {data} --clip {random_pt} --n-ctx 2 --device cpu"
@@ -50,7 +50,7 @@ def wait_for(path, process):
 
 # ----------------------------------------------------------------------------------------- stopped
 
-def test_ctrl_c_is_answered_with_a_line_and_the_way_to_go_on(line, tmp_path):
+def test_ctrl_c_prints_one_line_that_says_how_to_resume(line, tmp_path):
     """The terminal sends it to the process and to its workers."""
     out = tmp_path / "run"
     process = started(f"vpt_mt.py {line} --shots 102 --batch-size 100 --epochs 500 --out {out}")
@@ -67,7 +67,7 @@ def test_ctrl_c_is_answered_with_a_line_and_the_way_to_go_on(line, tmp_path):
 
 
 def test_a_ctrl_c_that_python_swallowed_stops_after_the_epoch(tmp_path, monkeypatch):
-    """An exception inside a destructor, such as that of a DataLoader with workers, is ignored."""
+    """Python ignores exceptions in a destructor, such as that of a DataLoader with workers."""
     monkeypatch.setattr(common.Run, "interrupted", False)
     one, part = run_in(tmp_path / "run"), torch.nn.Linear(1, 1)
     with pytest.raises(KeyboardInterrupt):
@@ -77,8 +77,8 @@ def test_a_ctrl_c_that_python_swallowed_stops_after_the_epoch(tmp_path, monkeypa
     assert [row["epoch"] for row in one.rows()] == [1]
 
 
-def test_a_killed_process_goes_on_to_the_same_numbers(line, tmp_path):
-    """SIGKILL while the first epochs are written; what was half written is written again."""
+def test_a_killed_process_resumes_to_the_same_numbers(line, tmp_path):
+    """SIGKILL while the first epochs are written; a half-written file is written again."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = f"{line} --shots 8 --batch-size 4 --epochs 4 --groups 1"
     process = started(f"mmap.py {settings} --out {out}")
@@ -121,9 +121,9 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize("size, left", [(1000, {"settings.json"}),
                                         (3000, {"settings.json", "finished.pt"})])
-def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(
+def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_space(
         size, left, line, tmp_path):
-    """settings.json fits; then finished.pt does not, or the first checkpoint."""
+    """settings.json fits; finished.pt or the first checkpoint does not."""
     out = tmp_path / "run"
     with files_of_at_most(size):
         code, _, err = run(f"coop_mt.py {line} {SMALL} --out {out}")
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on_when_it_is_free(
     ("plot_run", OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
     ("task_losses", torch.cuda.OutOfMemoryError("CUDA out of memory."), "with --recompute"),
 ], ids=["disk", "GPU"])
-def test_a_disk_that_fills_under_a_figure_or_a_gpu_without_memory_points_to_resume(
+def test_the_errors_for_a_disk_full_while_plotting_and_a_full_gpu_point_to_resume(
         where, error, says, line, tmp_path):
     out = tmp_path / "run"
     with mock.patch.object(common, where, side_effect=error):
@@ -147,8 +147,8 @@ def test_a_disk_that_fills_under_a_figure_or_a_gpu_without_memory_points_to_resu
     assert code == 0 and (out / "loss.png").exists(), err
 
 
-def test_a_gpu_without_memory_for_second_derivatives_needs_a_smaller_batch(line, tmp_path):
-    """What --recompute computes again, JSCPT's upper step keeps."""
+def test_a_gpu_too_small_for_second_derivatives_needs_a_smaller_batch(line, tmp_path):
+    """JSCPT's upper step keeps what --recompute would compute again."""
     with mock.patch.object(common, "task_losses", side_effect=torch.cuda.OutOfMemoryError("full")):
         code, _, err = run(f"jscpt.py {line} {SMALL} --out {tmp_path / 'run'}")
     assert code == 2
@@ -162,7 +162,7 @@ def test_an_out_that_cannot_be_written_is_rejected_before_anything_else(line, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_prompts_that_were_damaged_while_a_run_was_stopped_are_told_in_a_line(line, tmp_path):
+def test_prompts_damaged_while_a_run_was_stopped_are_reported_in_one_line(line, tmp_path):
     """The other files are in test_bad_input.py."""
     out = tmp_path / "run"
     with killed("result.json", 1):
@@ -178,7 +178,7 @@ def test_prompts_that_were_damaged_while_a_run_was_stopped_are_told_in_a_line(li
 # ------------------------------------------------------------------------------------------- phases
 
 def run_in(folder, resume=False):
-    """A Run of its own, without a method."""
+    """A Run without a method."""
     args = common.Args(shots=1, out=str(folder), resume=resume)
     settings = dict(out=args.out, data="emoji", method="coop_mt", shots=1, split=None)
     one = common.Run(args, settings)
@@ -204,7 +204,7 @@ def test_a_finished_phase_yields_nothing_and_leaves_its_modules_as_they_ended(tm
     assert drawn[1] == torch.rand(()).item() and other not in drawn
 
 
-def test_what_happens_once_is_not_done_again(tmp_path):
+def test_what_is_done_once_is_not_repeated_by_a_resumed_run(tmp_path):
     part, calls = torch.nn.Linear(1, 1), []
 
     def change():
@@ -218,7 +218,7 @@ def test_what_happens_once_is_not_done_again(tmp_path):
 
 
 def test_what_is_logged_does_not_keep_the_graph_of_its_step(tmp_path):
-    """Else memory grows with the steps of an epoch."""
+    """Otherwise memory would grow with the steps of an epoch."""
     one = run_in(tmp_path)
     for _ in one.epochs("one", 1):
         kept = torch.rand(3)
@@ -227,7 +227,7 @@ def test_what_is_logged_does_not_keep_the_graph_of_its_step(tmp_path):
         assert kept() is None
 
 
-def test_optimizers_are_in_the_running_phases_file_alone(tmp_path):
+def test_optimizers_are_only_in_the_file_of_the_running_phase(tmp_path):
     one, part = run_in(tmp_path), torch.nn.Linear(1, 1)
     optimizer = torch.optim.Adam(part.parameters())
     for epoch in one.epochs("one", 1, part=part, optimizer=optimizer):
@@ -248,8 +248,8 @@ SCRIPTS = ["coop_mt.py", "vpt_mt.py", "maple_mt.py", "hipro.py", "mvlpt.py", "mm
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(script, line, tmp_path):
-    """SIGKILL at a moment between the first file and the last, again and again on what was left,
-    until there were twenty."""
+    """SIGKILL at random moments between the first file and the last, resuming what was left, until
+    there were twenty."""
     line = f"{script} {line} --shots 8 --batch-size 4 --seeds 1 2 --epochs 3"
     whole, start = tmp_path / "whole", time.time()
     process = started(f"{line} --out {whole}")
@@ -260,7 +260,7 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(script, line
     assert process.returncode == 0, err
     moments = random.Random(script)
     while kills < 20 or not (out / "result.json").exists():
-        again = (out / "settings.json").exists()        # it may have died before a file
+        again = (out / "settings.json").exists()        # it may have died without a file
         process = started(f"{f'{script} --resume' if again else line} --out {out}")
         try:
             process.wait(moments.uniform(0.9 * first, last) if kills < 20 else None)
@@ -278,8 +278,8 @@ def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(script, line
 
 
 @pytest.mark.slow
-def test_importing_common_takes_little_longer_than_what_it_stands_on():
-    """Best of 3 each, in turns."""
+def test_importing_common_takes_little_longer_than_importing_its_packages():
+    """Best of 3 each, alternately."""
     def seconds(code):
         code = f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT,

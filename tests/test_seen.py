@@ -1,4 +1,4 @@
-"""Whether an image was trained on is told by its content, whatever it is called now."""
+"""Whether an image was trained on is decided by its content, whatever its name is now."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def test_another_name_folder_link_or_zip_file_does_not_make_another_image(tmp_pa
     (root / "b").mkdir()
     shutil.copy(first, root / "b" / "renamed.png")
     os.symlink(first, root / "b" / "001.png")
-    for name in ("train.zip", "b/train.zip"):                   # one name, other content
+    for name in ("train.zip", "b/train.zip"):                   # same name, other content
         with zipfile.ZipFile(root / name, "w") as file:
             file.write(first if name == "train.zip" else second, "0/x.png")
     same = [str(first), root / "b" / "renamed.png", root / "b" / "001.png",
@@ -37,7 +37,7 @@ def test_another_name_folder_link_or_zip_file_does_not_make_another_image(tmp_pa
     assert seen.digest(first) != seen.digest(second)
 
 
-def test_an_array_is_its_pixels_and_a_drawing_its_number():
+def test_an_array_is_identified_by_its_pixels_and_a_drawing_by_its_number():
     """Drawings 47 and 56 of Fluent look alike, and their sheet may lie elsewhere."""
     black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
     assert seen.digest(black) == seen.digest(black.copy()) != seen.digest(white)
@@ -50,7 +50,7 @@ def test_an_array_is_its_pixels_and_a_drawing_its_number():
 
 @pytest.mark.parametrize("how", ["copied", "linked"])
 def test_trained_images_are_found_among_the_test_images_of_a_renamed_domain(tmp_path, how):
-    """The split of another name is another one: brute force over the files' bytes."""
+    """Another name gives another split. Checked by brute force over the files' bytes."""
     [task] = load_tasks(str(make_tree(tmp_path / "one", {"a/cup": 8, "a/hat": 8})), shots=6)
     known = {path.read_bytes() for path in task.train.items}
     new = tmp_path / "two" / "another"
@@ -69,8 +69,8 @@ def test_trained_images_are_found_among_the_test_images_of_a_renamed_domain(tmp_
 
 
 def test_prompts_are_scored_on_their_own_split_and_on_no_other(tmp_path, here, random_pt):
-    """A split may put a copy of a training image on the other side, and training goes on; a test
-    image may become one later. An image that is gone since makes it another split."""
+    """Training accepts a test image that is a copy of a training image, and a test image may become
+    one later. Once an image is deleted, the split is another one."""
     root, run = make_tree(tmp_path / "t", {"a/cup": 12, "a/hat": 12}), tmp_path / "run"
     words = f"--data {root} --shots 4 --clip {random_pt} --epochs 1 --workers 0 --out {run}"
     assert here(f"coop_mt.py {words}")[0] == 0
@@ -86,7 +86,7 @@ def test_prompts_are_scored_on_their_own_split_and_on_no_other(tmp_path, here, r
     assert (code, out) == (2, "") and " test images of a, such as " in err
 
 
-def test_held_out_images_have_been_seen_too(tmp_path):
+def test_held_out_images_count_as_seen(tmp_path):
     parts = ("train/cup", "val/cup", "test/cup", "train/hat", "val/hat", "test/hat")
     [task] = load_tasks(str(make_tree(tmp_path / "t", dict.fromkeys(parts, 2))), shots=1)
     trained = seen.trained_on([task])
@@ -97,7 +97,7 @@ def test_held_out_images_have_been_seen_too(tmp_path):
     assert seen.trained_on([]).tolist() == []
 
 
-def test_a_run_finds_its_data_again_where_they_have_moved_and_not_where_they_differ(tmp_path):
+def test_a_run_recognises_its_data_after_a_move_but_not_after_a_change(tmp_path):
     def contents():
         return [seen.contents(task) for task in load_tasks(str(root), shots=2)]
 
@@ -125,8 +125,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link, "of the folder"])
-def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
-    """By a run, and before anything is trained by `check`."""
+def test_an_image_that_is_linked_on_both_sides_is_noticed(tmp_path, link):
+    """By a run, and by `check` before anything is trained."""
     root = make_tree(tmp_path / "t", {"train/cup": 3, "test/cup": 2, "train/hat": 3, "test/hat": 2})
     assert not [line for line in check.report(str(root))[2] if "is the same image as" in line]
     if link == "of the folder":
@@ -140,7 +140,7 @@ def test_an_image_that_is_linked_on_two_sides_is_noticed(tmp_path, link):
 
 
 def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
-    """Whichever seed puts the two on two sides."""
+    """By every seed that puts the two on different sides."""
     root, refused = make_tree(tmp_path / "t", {"d/cup": 2, "d/hat": 2}), 0
     for i in range(2):
         os.symlink(root / f"d/cup/00{i}.png", root / f"d/cup/link{i}.png")
@@ -154,8 +154,8 @@ def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
     assert refused > 0
 
 
-def test_another_tasks_training_images_among_the_test_images_are_told(tree, capsys):
-    """Two names for one tree draw their splits apart. The same seed and name would not."""
+def test_another_tasks_training_images_among_the_test_images_are_reported(tree, capsys):
+    """Two names for one tree get different splits; the same seed and name would not."""
     load_tasks(f"one={tree / 'drawn'},two={tree / 'painted'}", split=0.4)
     assert not capsys.readouterr().err
     load_tasks(f"one={tree / 'drawn'},two={tree / 'drawn'}", split=0.4)

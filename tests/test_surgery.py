@@ -22,10 +22,10 @@ def test_pcgrad_projects_a_conflicting_pair_and_leaves_an_aligned_one_alone():
     assert common.pcgrad(ALIGNED).tolist() == [2, 1]
 
 
-def test_pcgrad_compares_with_the_gradients_as_they_were():
-    """Three in the plane. Off g2 first, g1 is (.5, .5), off g3 then (.5, 0); off g3 first it has
-    no conflict, and ends at (.5, .5). So g2 ends at (0, 0) either way and g3 at (-.5, -.5) or
-    (0, -.5)."""
+def test_pcgrad_compares_with_the_original_gradients():
+    """Three gradients in the plane. Projected off g2 first, g1 is (.5, .5), then off g3 (.5, 0);
+    with g3 first there is no conflict, and it ends at (.5, .5). Likewise g2 ends at (0, 0) either
+    way, and g3 at (-.5, -.5) or (0, -.5)."""
     grads = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]], dtype=torch.double)
     seen = set()
     for seed in range(20):
@@ -49,7 +49,7 @@ def test_imtl_projects_equally_on_many():
     assert projections.tolist() == pytest.approx([projections[0].item()] * 5)
 
 
-def test_imtl_of_nearly_parallel_gradients_in_single_precision_is_that_in_double():
+def test_imtl_of_nearly_parallel_gradients_is_the_same_in_single_and_double_precision():
     g, other = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
     grads = torch.stack([g, 1.3 * g + 1e-3 * other])
     expected = common.imtl(grads.double()).tolist()
@@ -64,7 +64,7 @@ def test_equal_gradients_are_summed_averaged_and_stretched_by_one_and_c():
 
 
 @pytest.mark.parametrize("n, fine", [(2, 2000), (3, 120)])
-def test_cagrads_dual_is_solved_as_a_grid_search_solves_it(n, fine):
+def test_cagrads_dual_solution_agrees_with_a_grid_search(n, fine):
     generator = torch.Generator().manual_seed(n)
     points = [p for p in itertools.product(range(fine + 1), repeat=n - 1) if sum(p) <= fine]
     grid = torch.tensor(points, dtype=torch.double) / fine
@@ -77,7 +77,7 @@ def test_cagrads_dual_is_solved_as_a_grid_search_solves_it(n, fine):
         assert (grads @ d).min().item() == pytest.approx(dual, abs=2e-3)    # no duality gap
 
 
-def test_cagrad_with_twenty_tasks_is_solved_to_a_hundredth():
+def test_cagrad_with_twenty_tasks_is_solved_to_one_percent():
     generator = torch.Generator().manual_seed(0)
     grads = torch.randn(20, 30, dtype=torch.double, generator=generator)
     grads *= 1 + 3 * torch.rand(20, 1, generator=generator)
@@ -100,8 +100,8 @@ def test_surgeries_keep_dtype_and_input_and_stay_finite(surgery, grads):
 @pytest.mark.parametrize("batches", ["tasks", "mixed"])
 @pytest.mark.parametrize("surgery", ["pcgrad", "imtl", "cagrad"])
 def test_coop_descends_along_what_the_surgery_returns(small, surgery, batches):
-    """The averages of IMTL-G and CAGrad times the tasks that have images in the step: of the four
-    mixed steps one has both."""
+    """The averages of IMTL-G and CAGrad are multiplied by the number of tasks with images in the
+    step; one of the four mixed steps has both tasks."""
     args = coop.Args(n_ctx=3, surgery=surgery, epochs=1, lr=0.01, batches=batches, workers=0,
                      batch_size=dict(tasks=6, mixed=2)[batches])
     tasks = small_tasks("a", "b")
@@ -133,7 +133,7 @@ def test_coop_descends_along_what_the_surgery_returns(small, surgery, batches):
 # ----------------------------------------------------------------------------------- learning rates
 
 def rates(method, **changes):
-    """The learning rate of every epoch, as a training takes it."""
+    """The learning rate of every epoch of a training run."""
     args = common.load_method(method).Args(epochs=4, lr=0.2, **changes)
     optimizer, schedule = common.sgd(args, torch.nn.Linear(1, 1))
     found = []
@@ -145,9 +145,9 @@ def rates(method, **changes):
 
 
 @pytest.mark.parametrize("method", ["coop_mt", "vpt_mt", "maple_mt"])
-def test_the_rate_is_a_cosine_that_begins_behind_the_warm_up(method):
-    """0.2 (1 + cos(k pi / 4)) / 2 for k = 0..3; CoOp's 1e-5 in the place of each warm-up epoch;
-    a fixed rate for JSCPT's column of the baselines."""
+def test_the_rate_is_a_cosine_that_starts_after_the_warm_up(method):
+    """0.2 (1 + cos(k pi / 4)) / 2 for k = 0..3; CoOp's 1e-5 in each warm-up epoch; a constant rate
+    for the baselines in JSCPT's tables."""
     cosine = [0.2, 0.1 + 0.1 * math.sqrt(0.5), 0.1, 0.1 - 0.1 * math.sqrt(0.5)]
     assert rates(method) == pytest.approx(cosine)
     assert rates(method, warm_up=1) == pytest.approx([1e-5, *cosine[:3]])

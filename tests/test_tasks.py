@@ -35,7 +35,7 @@ def drawings(task):
 
 
 def test_emoji_is_four_styles_of_the_same_classes():
-    """Each emoji's drawings fall on the same side; none is empty, and one task is grey."""
+    """Each emoji's drawings fall on the same side; no drawing is blank, and one task is grey."""
     tasks = load_tasks("emoji", shots=6)
     assert [t.name for t in tasks] == ["Noto", "Twemoji", "Fluent", "High Contrast"]
     for t in tasks:
@@ -72,7 +72,7 @@ def test_a_drawing_is_on_the_same_side_in_emoji24_as_in_emoji(shots, split):
         assert found[0] == found[1]
 
 
-def test_some_tasks_of_a_benchmark_can_be_named():
+def test_some_tasks_of_a_benchmark_can_be_selected():
     food = ["Noto Food", "Twemoji Food", "Fluent Food", "High Contrast Food"]
     for given, names in (("emoji24:*food+Noto Things", [*food, "Noto Things"]),
                          ("emoji:Noto,emoji24:Fluent Food", ["Noto", "Fluent Food"])):
@@ -82,8 +82,8 @@ def test_some_tasks_of_a_benchmark_can_be_named():
     with pytest.raises(UserError, match="emoji24 has no task 'Noto Thing': its tasks are Noto Peo"):
         load_tasks("emoji24:*Food+Noto Thing", shots=6)
     both = load_tasks("emoji24:*Food+Noto*", shots=6)
-    assert len(both) == 4 + 5               # Noto Food is one of each, and comes once
-    alone = both[2]                         # one split, alone and among others
+    assert len(both) == 4 + 5               # Noto Food matches both, and comes once
+    alone = both[2]                         # the same split, alone and among others
     assert [sides(t) for t in load_tasks("emoji24", shots=6) if t.name == alone.name] == [
         sides(alone)]
 
@@ -92,7 +92,7 @@ def settings(words):
     return common.parse(common.load_method("coop_mt").METHOD, words.split())
 
 
-def test_defaults_of_a_benchmark_are_those_of_some_of_its_tasks_too(tmp_path):
+def test_defaults_of_a_benchmark_also_hold_for_some_of_its_tasks(tmp_path):
     folder = make_tree(tmp_path, {"a/cup": 2, "a/hat": 2})
     for data in ("emoji", "emoji,emoji24", "emoji:Noto,emoji24:*Food"):
         args = settings(f"--data {data}")
@@ -123,7 +123,7 @@ def test_the_split_depends_on_the_seed_and_a_larger_one_contains_the_smaller(tre
             assert train < sides(more)[0]
 
 
-def test_shots_leave_a_fifth_of_a_class_and_one_image_for_testing(tmp_path):
+def test_shots_leave_a_fifth_of_a_class_and_at_least_one_image_for_testing(tmp_path):
     make_tree(tmp_path, {"a/big": 20, "a/small": 3, "b/big": 6, "b/small": 2})
     a, b = load_tasks(str(tmp_path), shots=100)
     assert counts(a.test) == [4, 1]
@@ -140,7 +140,7 @@ def test_a_class_of_one_image_has_none_to_test_on(tmp_path):
             load_tasks(str(tmp_path), **size)
 
 
-def test_a_datasets_own_validation_part_gives_at_most_four_images_a_class(tmp_path):
+def test_a_datasets_own_validation_part_gives_at_most_four_images_per_class(tmp_path):
     """min(k, 4) under `shots` k, as in CoOp."""
     root = make_tree(tmp_path / "t", {"train/a": 20, "train/b": 20, "val/a": 6, "val/b": 2,
                                       "test/a": 3, "test/b": 3})
@@ -172,7 +172,7 @@ def test_classes_that_can_give_fewer_than_shots_are_named_once(tmp_path, capsys)
 ])
 def test_office_home_is_read_in_every_layout_with_spoken_class_names(
         tmp_path, place, domains, classes):
-    """The official archive has a list beside the folders, and one from a Mac its leavings."""
+    """The official archive has a list beside the folders, and one made on a Mac has extra files."""
     folders = [f"{d}/{c}" for d in domains.split(",") for c in classes.split(",")]
     make_tree(tmp_path / place, dict.fromkeys(folders, 6))
     for path in (folders[0] + "/._000.jpg", "ImageInfo.csv"):
@@ -198,7 +198,7 @@ def test_pacs_is_read_in_dassls_layout(tmp_path):
 
 
 def labelled(*sizes):
-    """Images of so many items per class."""
+    """Images with the given number of items per class."""
     labels = [k for k, n in enumerate(sizes) for _ in range(n)]
     return Images(range(len(labels)), labels, read=None)
 
@@ -211,7 +211,7 @@ def labelled(*sizes):
     ([1] * 8 + [2, 10], {0: 8, 1: 1, 2: 1}),            # 3, not 4: no class gives more than a fifth
 ], ids=str)
 def test_a_held_out_part_is_a_fifth_spread_over_the_classes(sizes, held):
-    """How many classes give so many images; no class its last one."""
+    """{images given: number of classes that give so many}; no class gives its last image."""
     images = labelled(*sizes)
     (rest, part), *others = (hold_out(images, seed) for seed in (1, 1, 2, 3, 4))
     given = [part.labels.count(k) for k in range(len(sizes))]
@@ -223,8 +223,8 @@ def test_a_held_out_part_is_a_fifth_spread_over_the_classes(sizes, held):
     assert any(items != part.items for items in seeds) or not len(part)
 
 
-def test_tasks_with_the_same_labels_hold_out_the_same_places():
-    """A drawing that one style holds out is trained on in no other."""
+def test_tasks_with_the_same_labels_hold_out_the_same_positions():
+    """A drawing that one style holds out is not trained on in any other."""
     one, other = (Images(range(first, first + 60), [0, 1, 2] * 20) for first in (0, 500))
     for seed in (1, 2):
         [_, held], [_, others] = hold_out(one, seed), hold_out(other, seed)
@@ -232,7 +232,7 @@ def test_tasks_with_the_same_labels_hold_out_the_same_places():
 
 
 def test_the_largest_classes_give_first():
-    """6 of 28: one of the class of 10 in any case, and 5 of the nine classes of two."""
+    """6 of 28: always one from the class of 10, and 5 from the nine classes of two."""
     for seed in range(9):
         _, held = hold_out(labelled(*[2] * 9, 10), seed)
         assert (len(held), held.labels.count(9)) == (6, 1)
@@ -283,7 +283,7 @@ def test_evaluation_in_batches_equals_one_image_at_a_time(small, tree):
     assert scores["accuracy"] == scores["zero_shot"] == [expected]
 
 
-def test_a_test_image_is_decoded_once_a_process_whatever_is_scored(small, tree):
+def test_a_test_image_is_decoded_once_per_process_whatever_is_scored(small, tree):
     [task, _], seen = load_tasks(str(tree), shots=1, seed=5), []
 
     def spy(path):
@@ -334,8 +334,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-100's archive in miniature: 3 coarse classes of 2, 10 training and 2 test images a fine
-    class, all of one grey: the number of the training image, or of the test image plus 100."""
+    """CIFAR-100's archive in miniature: 3 coarse classes of 2 fine ones, 10 training and 2 test
+    images per fine class. The grey of an image is its number, plus 100 for a test image."""
     def part(each, first):
         fine = np.arange(6).repeat(each)
         grey = (first + np.arange(6 * each)).astype(np.uint8)
@@ -353,7 +353,7 @@ def greys(images):
     return [image.getpixel((0, 0))[0] for image, _ in images]
 
 
-def test_cifar100_is_a_task_a_coarse_class(cifar):
+def test_cifar100_is_a_task_per_coarse_class(cifar):
     tasks, again, other = (load_tasks("cifar100", split=0.2, seed=s, root=cifar) for s in (1, 1, 2))
     assert {t.name: t.class_names for t in tasks} == {
         "fruit": ["apple", "pear"], "trees": ["maple tree", "oak tree"],
@@ -376,8 +376,8 @@ def test_cifar100_that_is_missing_or_damaged_is_named(cifar):
         load_tasks("cifar100", split=0.2, root=cifar)
 
 
-def test_download_fetches_only_what_is_missing_and_can_be_had(cifar, monkeypatch):
-    assert len(find_listings("cifar100", cifar, download=True)) == 3    # there: no connection
+def test_download_fetches_only_what_is_missing_and_available(cifar, monkeypatch):
+    assert len(find_listings("cifar100", cifar, download=True)) == 3    # all there: no connection
     with pytest.raises(UserError, match="--download cannot fetch pacs, only cifar100"):
         find_listings("pacs", cifar, download=True)
     (cifar / "cifar-100-python/train").unlink()

@@ -1,5 +1,5 @@
-"""Where CLIP's weights come from: the kinds of file in which people keep them, the two hosts that
-give OpenAI's, and what is said of files that cannot be used; and what importing `common` needs."""
+"""Where CLIP's weights come from: checkpoint formats, the two hosts of OpenAI's weights, and the
+errors for files that cannot be used; and what importing `common` needs."""
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ import common
 # ------------------------------------------------------------------------------- kinds of file
 
 def a_clip(kind="ViT", half=False, **shape):
-    """A CLIP none of whose tensors is zero or one, as some are before training."""
+    """A CLIP with random tensors; before training, some are all zeros or ones."""
     model = random_clip(**(dict(TINY, **shape) if kind == "ViT" else RESNET))
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.ndim:
@@ -32,7 +32,7 @@ def a_clip(kind="ViT", half=False, **shape):
 
 
 def cast(state, half):
-    """The state dict as it is stored, safetensors' way: no two tensors share their memory."""
+    """The state dict as it is stored; as safetensors requires, no two tensors share memory."""
     kind = torch.float16 if half else torch.float32
     return {key: (value.to(kind) if value.is_floating_point() else value).clone().contiguous()
             for key, value in state.items()}
@@ -76,7 +76,7 @@ def transformers_state(model):
 
 
 def save_archive(model, path, half):
-    """A TorchScript archive with the three sizes that OpenAI's have as tensors."""
+    """Save a TorchScript archive with the three sizes that OpenAI's archives have as tensors."""
     size = model.visual.input_resolution
     example = torch.zeros(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
     for name, value in dict(input_resolution=size, context_length=77, vocab_size=49408).items():
@@ -116,13 +116,13 @@ FILES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")       # torch's, of tracing and of TorchScript
+@pytest.mark.filterwarnings("ignore")       # torch's, about tracing and TorchScript
 @pytest.mark.parametrize("half", [False, True], ids=["full", "half"])
 @pytest.mark.parametrize("file, kind", [
     *[(file, "ViT") for file in FILES],
-    *[(file, "ResNet") for file in FILES if "transformers" not in file],    # which has none
+    *[(file, "ResNet") for file in FILES if "transformers" not in file],    # it has no ResNets
 ])
-def test_a_loaded_model_has_the_features_of_the_saved_one_to_the_last_bit(
+def test_a_loaded_model_has_the_features_of_the_saved_one_bit_for_bit(
     tmp_path, file, kind, half
 ):
     name, write = FILES[file]
@@ -175,7 +175,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_file_that_cannot_be_used_is_one_line_that_says_what_can(tmp_path, monkeypatch, what):
+def test_a_file_that_cannot_be_used_gives_one_line_that_says_what_can(tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     name, content = WRONG[what]
     content = content()
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_says_what_can(tmp_path, mon
     assert not (tmp_path / "trap").exists()
 
 
-def test_a_folder_in_place_of_a_file_is_told_from_an_unknown_name(tmp_path):
+def test_a_folder_in_place_of_a_file_is_distinguished_from_an_unknown_name(tmp_path):
     with pytest.raises(common.UserError, match="a folder.* its model.safetensors"):
         common.load_clip(str(tmp_path))
 
@@ -214,7 +214,7 @@ GELU = {
 
 
 @pytest.mark.parametrize("case", GELU)
-def test_weights_whose_config_says_gelu_are_one_line_and_exit_code_2(tmp_path, here, case):
+def test_weights_whose_config_says_gelu_give_one_line_and_exit_code_2(tmp_path, here, case):
     name, config, refused = GELU[case]
     torch.save(a_clip().state_dict(), tmp_path / "model.pt")
     (tmp_path / name).write_text(json.dumps(config), encoding="utf-8")
@@ -248,9 +248,9 @@ class Host(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """A local server as OpenAI's host and as Hugging Face, and an empty home folder.
+    """A local server in place of OpenAI's host and of Hugging Face, and an empty home folder.
 
-    `host.files` is what it serves: {path: (status, headers, body)}; a body of None never comes.
+    `host.files` is what it serves: {path: (status, headers, body)}; a body of None is never sent.
     """
     allowed = socket.socket.connect.__globals__["connect"]      # what tests/offline has replaced
 
@@ -261,7 +261,7 @@ def host(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
     server.daemon_threads, server.block_on_close = True, False
-    server.handle_error = lambda *args: None        # of a client that hangs up
+    server.handle_error = lambda *args: None        # if a client hangs up
     server.files, server.over = {}, threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.cache = tmp_path / "home" / ".cache" / "clip"
@@ -290,7 +290,7 @@ def weights():
 
 
 def behind_a_redirect(body, etag):
-    """As Hugging Face answers: the server behind the redirect has an ETag of another meaning."""
+    """As Hugging Face answers: the ETag of the server behind the redirect means something else."""
     return {
         COPY: (302, {"Location": "/near", "X-Linked-ETag": f'"{etag}"'}, b""),
         "/near": (302, {"Location": "/cdn"}, b""),
@@ -314,14 +314,14 @@ COMES = {
 
 
 @pytest.mark.parametrize("way", COMES)
-def test_where_openai_does_not_answer_the_copy_comes_and_is_kept(host, way):
+def test_if_openai_does_not_answer_the_copy_is_downloaded_and_kept(host, way):
     host.files = COMES[way](weights())
     model, _ = common.load_clip("ViT-B/16")
     assert torch.equal(model.visual.proj, a_clip().visual.proj)
     [kept] = host.cache.iterdir()
     assert kept.name == "vit_base_patch16_clip_224.openai.safetensors"
     assert kept.read_bytes() == weights()
-    host.files = {}                 # and needs no host again, as if it had been put there by hand
+    host.files = {}                 # no host is needed again, as if the file had come by hand
     assert torch.equal(common.load_clip("ViT-B/16")[0].visual.proj, model.visual.proj)
 
 
@@ -348,7 +348,7 @@ FAILS = {
 
 
 @pytest.mark.parametrize("case", FAILS)
-def test_a_failed_download_is_one_line_with_both_sources_and_leaves_no_file(
+def test_a_failed_download_gives_one_line_with_both_sources_and_leaves_no_file(
     host, tree, tmp_path, here, case
 ):
     files, reason = FAILS[case]
@@ -387,14 +387,14 @@ def test_every_backbone_of_openai_has_a_copy():
 # ------------------------------------------------------------------------ what importing needs
 
 def fresh(code, *folders):
-    """A Python process of its own, with folders in front of the installed packages."""
+    """A separate Python process, with folders ahead of the installed packages."""
     paths = os.pathsep.join(map(str, folders))
     return subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True,
                           env=dict(os.environ, PYTHONPATH=paths))
 
 
-def test_a_script_imports_what_it_uses_only_and_clip_without_pkg_resources(tmp_path):
-    """pkg_resources went with setuptools 82; other packages that ask for it find none of ours."""
+def test_a_script_imports_only_what_it_uses_and_clip_without_pkg_resources(tmp_path):
+    """setuptools 82 removed pkg_resources; other packages that ask for it find no stand-in."""
     (tmp_path / "pkg_resources.py").write_text("raise ImportError('gone')")
     done = fresh(["-c", """
 import sys, common
@@ -406,7 +406,7 @@ print(sorted(set(late.split()) & set(sys.modules)))"""], tmp_path)
 
 
 @pytest.mark.parametrize("script", ["mmap.py", "common.py"])
-def test_the_clipboard_manager_called_clip_is_one_line_and_exit_code_2(tmp_path, script):
+def test_the_clipboard_manager_called_clip_gives_one_line_and_exit_code_2(tmp_path, script):
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "__init__.py").write_text("__version__ = '0.2.0'\n")
     done = fresh([script, "--help"], tmp_path)

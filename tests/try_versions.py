@@ -1,11 +1,11 @@
-"""MmAP and its tests in new virtual environments: a line each, and exit code 1 where one fails.
+"""Run MmAP and its tests in new virtual environments; prints a line each, exits with 1 on failure.
 
     python tests/try_versions.py python3.11 python3.12 python3.13 python3.11:2.6.0:0.21.0
 
-An argument is an interpreter, with the versions of torch and torchvision behind it where they are
-not those of .ci/constraints.txt. The other packages are those of .ci/constraints.txt, with a
-setuptools that has no pkg_resources. The losses of a run's two epochs are compared with those of
-the first environment.
+An argument is an interpreter, followed by the versions of torch and torchvision if they are not
+those of .ci/constraints.txt. The other packages are those of .ci/constraints.txt, with a setuptools
+that has no pkg_resources. The losses of a run's two epochs are compared with those in the first
+environment.
 """
 import csv
 import re
@@ -23,7 +23,7 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvisi
 
 
 def run(*command):
-    """What a command printed on stdout; RuntimeError with the end of all that it printed."""
+    """A command's stdout; if it fails, RuntimeError with the end of its output."""
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}")

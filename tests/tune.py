@@ -3,10 +3,10 @@
     python tests/tune.py --out runs/tune                        # all methods, seeds 1 to 5
     python tests/tune.py --out runs/tune --only mmap --seeds 1 2 3
 
-Learning rates of a third, once and three times the middle one of METHODS, and the file's epochs and
-half as many, are tried with `--validate`: 20% of the training images of `emoji`, 6 shots, are held
-out and scored. No test image takes part. What has finished is not run again. Prints a table in
-Markdown, the best of each method in bold; data/README.md says which were taken, and why.
+Tries a third, once and three times the middle learning rate in METHODS, each with the file's epochs
+and half as many, under `--validate`: 20% of the training images of `emoji` at 6 shots are held out
+and scored. No test images are used. Finished runs are not repeated. Prints a Markdown table with
+the best of each method in bold; data/README.md says which settings were chosen, and why.
 """
 import json
 import statistics
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-METHODS = {                             # the command, and the middle of the learning rates
+METHODS = {                             # the command, and the middle learning rate
     "CoOp-MT": ("coop_mt.py", 0.03),
     "CoOp": ("coop_mt.py --single-task", 0.03),
     "CoCoOp": ("coop_mt.py --single-task --conditional", 0.003),
@@ -44,9 +44,9 @@ class Tune:
     """A grid of learning rates and epochs on held-out training images."""
 
     out: str = "runs/tune"  # folder of the runs
-    only: tuple[str, ...] = ()  # some of the methods, by the names of the table or their files
+    only: tuple[str, ...] = ()  # only these methods, by their names in the table or their files
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    lr_alone: bool = False  # all epochs only
+    lr_alone: bool = False  # not half the epochs
 
 
 def epochs_of(words):
@@ -57,7 +57,7 @@ def epochs_of(words):
 
 
 def held_out(words, lr, epochs, seeds, out):
-    """The average held-out accuracy of each seed, from a run that is made where it is missing."""
+    """The average held-out accuracy of each seed; a missing run is made first."""
     if not (out / "result.json").exists():
         resumed = ["--resume"] if (out / "settings.json").exists() else [
             "--validate", "--lr", f"{lr:g}", "--epochs", str(epochs), "--seeds", *map(str, seeds)]

@@ -7,8 +7,8 @@ JPEGs of 500x500 to 1200x900, made from two photographs that come with scikit-le
 of a folder, unchanged). At every stage the two ways are timed alternately, in one process with one
 thread, in CPU time, so that other processes hardly change the ratio; the best of --repeats counts.
 Pillow's way is `Image.open`, `exif_transpose`, `convert("RGB")` and torchvision's transforms of PIL
-images, as in the clip package. At the end: the overhead of an epoch of two steps with two worker
-processes, without the cost of its images.
+images, as in the clip package. The last lines are the overhead of an epoch of two steps with two
+worker processes, excluding its images.
 """
 import argparse
 import random
@@ -107,8 +107,8 @@ def seconds(work):
 
 
 def epoch_starts(files):
-    """The overhead of the first epoch and of each later one, without the cost of their images: CPU
-    milliseconds of this process and its two workers, with MEGABYTES of images in memory."""
+    """The overhead of the first epoch and of each later one, excluding their images: milliseconds
+    of CPU time of this process and its two workers, with MEGABYTES of images in memory."""
     pixels = data.images.read_pixels(files[0])
     images = data.Images(range(2), [0, 0])
     images.kept = {i: pixels[:, :8, :8].clone() for i in range(2)}

@@ -45,7 +45,7 @@ def same_at_a_seed(data, root, **size):
 
 
 def refused(data, root, *words, **size):
-    """Check that a benchmark is rejected with a line that has these words."""
+    """Check that a benchmark is rejected with these words in one line."""
     with pytest.raises(UserError) as error:
         load_tasks(data, root=root, **(size or dict(shots=1)))
     assert str(error.value).isprintable()
@@ -512,7 +512,7 @@ def test_download_lets_torchvision_fetch_what_is_missing(tmp_path, monkeypatch):
 # ------------------------------------------------------------ counts, and `check`
 
 
-def test_what_is_missing_of_a_published_dataset_is_one_line_on_stderr(tmp_path, capsys,
+def test_missing_parts_of_a_published_dataset_give_one_line_on_stderr(tmp_path, capsys,
                                                                       monkeypatch):
     for i in range(20):
         domain = ("Art", "Clipart", "Product", "Real World")[i % 4]

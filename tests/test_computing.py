@@ -1,4 +1,4 @@
-"""What saves time and memory changes no result: passes, views, images, precision."""
+"""Optimisations of time and memory change no result: passes, views, images, precision."""
 import multiprocessing
 import re
 import sys

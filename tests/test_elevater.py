@@ -122,7 +122,7 @@ def toolkit(root, title, sizes=SIZES, unpacked=False):
         for k in range(n):
             for i in range(count):
                 parts[part][f"{k}/{part} {i}.png"] = several(title, k, i)
-                # no two datasets have an equal file
+                # no two files are equal across datasets
                 content = picture(k) + f"{title} {part} {i}".encode()
                 files.setdefault(archive, {})[f"{k}/{part} {i}.png"] = content
         put(folder / index, written(index, archive, parts[part], n).encode())
@@ -167,7 +167,7 @@ def twenty(tmp_path_factory):
 # ------------------------------------------------------------------------- the toolkit's layout
 
 def facts(task):
-    """What the tables say of a task."""
+    """What the tables list for a task."""
     first, last, *_ = NAMES[task.name]
     assert task.class_names[0].endswith(first)
     assert task.class_names[-1].endswith(last)
@@ -373,7 +373,8 @@ def test_the_mean_per_class_leaves_out_a_class_without_images():
 # -------------------------------------------------------------------------------- damaged files
 
 def refused(title, root, *words):
-    """Check that a dataset is rejected with a line that has these words and writes nothing."""
+    """Check that a dataset is rejected with these words in one line, and that nothing is written.
+    """
     before = sorted(root.rglob("*"))
     with pytest.raises(UserError) as error:
         load_tasks(CALLED[title], shots=1, root=root)

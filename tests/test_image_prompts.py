@@ -99,4 +99,4 @@ def test_views_are_a_fixed_number_or_fresh(small):
         return seen
 
     assert len(shown(1)) == 1 and len(shown(3)) == 3 and len(shown(0)) > 7
-    assert shown(1) < shown(3) == shown(3)      # view 0 is view 0
+    assert shown(1) < shown(3) == shown(3)      # view 0 is the same

@@ -94,8 +94,8 @@ def line_of(shapes, random_pt):
 
 @pytest.fixture(scope="module", params=PARAMETERS)
 def whole(request, line_of, tmp_path_factory):
-    """(command, the folder of a finished run, what it printed); each file runs once as a process.
-    """
+    """(command, the folder of a finished run, what it printed); the first command of each file runs
+    as a process."""
     command = request.param
     out = tmp_path_factory.mktemp("whole") / "run"
     first = next(one for one in PARAMETERS if one.split()[0] == command.split()[0])

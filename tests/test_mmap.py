@@ -78,7 +78,7 @@ def symmetric(n, seed):
 
 
 def total(similarity, label):
-    """The sum over tasks of the mean similarity to the others with the same label."""
+    """The sum over tasks of the mean similarity to the other tasks with the same label."""
     result, tasks = 0.0, range(len(label))
     for i in tasks:
         others = [float(similarity[i][j]) for j in tasks if j != i and label[j] == label[i]]
@@ -277,7 +277,7 @@ def test_an_ablation_trains(small, changes):
     assert run.logged[-1]["loss"] < 0.8 * run.logged[0]["loss"]
 
 
-def test_one_task_says_that_there_is_nothing_to_group_and_goes_on(small, capsys):
+def test_with_one_task_a_line_says_that_there_is_nothing_to_group(small, capsys):
     prompts = mmap.train(settings(grouping="gradient"), small, small_tasks("a"), Phases())
     assert "one task: there is nothing to group" in capsys.readouterr().out
     assert prompts.groups() == [[0]]

@@ -538,7 +538,7 @@ def other(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path):
-    """Check that flags are rejected with one line that has some words, and write nothing."""
+    """Check that flags are rejected with these words in one line, and that nothing is written."""
     def refused(words, *says):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(common.UserError) as refusal:

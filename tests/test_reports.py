@@ -198,7 +198,8 @@ def test_the_zero_shot_column_is_the_mean_over_all_seeds_of_the_table(tmp_path, 
 
 
 def test_the_settings_of_another_benchmark_do_not_change_a_label(tmp_path, capsys):
-    """A method has other epochs on other data; labels only distinguish runs on one benchmark."""
+    """A method may have other epochs on other data; labels only distinguish runs on one benchmark.
+    """
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", data="minidomainnet", clip="ViT-B/16", epochs=5)
     rows, _ = table(capsys, tmp_path)

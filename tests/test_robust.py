@@ -110,7 +110,7 @@ def test_a_run_leaves_other_files_in_its_folder_alone(line, tmp_path):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """The system refuses to write more than `size` bytes into a file."""
+    """Limit every file to `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -248,8 +248,8 @@ SCRIPTS = ["coop_mt.py", "vpt_mt.py", "maple_mt.py", "hipro.py", "mvlpt.py", "mm
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_twenty_random_moments_ends_with_the_same_numbers(script, line, tmp_path):
-    """SIGKILL at random moments between the first file and the last, resuming what was left, until
-    there were twenty."""
+    """SIGKILL at random moments between the first file and the last, twenty times, each time
+    resuming what is left."""
     line = f"{script} {line} --shots 8 --batch-size 4 --seeds 1 2 --epochs 3"
     whole, start = tmp_path / "whole", time.time()
     process = started(f"{line} --out {whole}")

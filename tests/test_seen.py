@@ -155,7 +155,7 @@ def test_an_image_that_is_linked_twice_in_a_class_is_noticed(tmp_path):
 
 
 def test_another_tasks_training_images_among_the_test_images_are_reported(tree, capsys):
-    """Two names for one tree get different splits; the same seed and name would not."""
+    """Two tasks on one tree have different splits because their names differ."""
     load_tasks(f"one={tree / 'drawn'},two={tree / 'painted'}", split=0.4)
     assert not capsys.readouterr().err
     load_tasks(f"one={tree / 'drawn'},two={tree / 'drawn'}", split=0.4)

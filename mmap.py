@@ -67,8 +67,7 @@ if __name__ == "mmap":
     import importlib.util
     import os
     import sys
-    here = os.path.dirname(os.path.realpath(__file__))
-    elsewhere = [path for path in sys.path if os.path.realpath(path or os.curdir) != here]
+    elsewhere = [path for path in sys.path if not os.path.isfile(os.path.join(path, "mmap.py"))]
     spec = importlib.machinery.PathFinder.find_spec("mmap", elsewhere)
     sys.modules["mmap"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["mmap"])

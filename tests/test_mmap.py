@@ -4,6 +4,7 @@ also has."""
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -299,6 +300,13 @@ def test_torch_numpy_and_the_standard_mmap_import_from_this_folder():
     standard = "import mmap; from mmap import ACCESS_READ; print(mmap.mmap(-1, 1)[0], ACCESS_READ)"
     method = "import numpy, torch, common; print(common.load_method('mmap').similarity.__module__)"
     assert in_the_folder("-c", f"{standard}; {method}") == "0 1\nmethod_mmap\n"
+
+
+def test_torch_imports_where_two_copies_of_the_folder_are_on_the_path(tmp_path):
+    """Each copy passes over the other, too, on its way to the standard module."""
+    shutil.copy(ROOT / "mmap.py", tmp_path)
+    code = "import torch, mmap; print(mmap.mmap(-1, 1)[0])"
+    assert in_the_folder("-c", code, PYTHONPATH=str(tmp_path)) == "0\n"
 
 
 @pytest.mark.parametrize("start", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])

@@ -2726,18 +2726,22 @@ def plot_shots(out, runs):
 
 def plot_gains(axis, part, markersize):
     """A point per column at each number of shots, side by side; columns of the same method share a
-    colour and differ in their markers."""
+    colour and differ in markers and dashes."""
+    def method(label):
+        return label.split(",")[0]
     shots, labels = sorted(part.shots.unique()), list(part.label.unique())
-    methods = list(dict.fromkeys(label.split(",")[0] for label in labels))
+    methods = list(dict.fromkeys(map(method, labels)))
+    labels.sort(key=lambda label: methods.index(method(label)))
     gains = part.groupby(["label", "shots"]).gain
     means, errors = gains.mean().unstack(), gains.sem().unstack()
     for i, label in enumerate(labels):
-        method = label.split(",")[0]
-        alike = [other for other in labels if other.split(",")[0] == method]
+        number = methods.index(method(label))
+        variant = sum(method(other) == method(label) for other in labels[:i])
         place = 0.8 * ((i + 0.5) / len(labels) - 0.5)
         axis.errorbar([place + k for k in range(len(shots))], means.loc[label, shots],
-                      errors.loc[label, shots], label=label, color=f"C{methods.index(method) % 10}",
-                      marker="os^Dv"[alike.index(label) % 5], markersize=markersize, linewidth=0.6)
+                      errors.loc[label, shots], label=label, color=f"C{number % 10}",
+                      marker="os^Dv"[variant % 5], linestyle=("-", "--", "-.", ":")[variant % 4],
+                      markersize=markersize, linewidth=0.8)
     axis.axhline(0, color="grey", linestyle="--", linewidth=0.8)
     axis.set_xticks(range(len(shots)), [f"{n:g}" for n in shots])
 
